@@ -23,7 +23,8 @@ _Name = Annotated[str, Field(min_length=1, max_length=128)]
 _Weight = Annotated[float, Field(gt=0, le=1e6, strict=True)]
 _Weights = Annotated[dict[_Name, _Weight], Field(min_length=1, max_length=16)]
 FILE_FORMAT = TypeAdapter(Annotated[dict[_Name, _Weights], Field(max_length=64)])
-"""Weights of models by their names, by the names of aliases. The chart's schema of values has the same limits."""
+"""Format of the file: by alias, the weight of each model by its name. The chart's schema of values has the same
+limits."""
 
 
 class Alias:
@@ -41,10 +42,10 @@ class Alias:
         self.main = max(weights, key=weights.__getitem__)
 
     def choose(self, tenant: str, identity: bytes) -> str:
-        """Return the model of a request: of many requests each model gets the share that its weight is of all.
+        """Choose the model of a request, such that each model gets its weight's share of many requests.
 
-        The choice follows from the arguments and the weights (weighted rendezvous hashing). So where weights change,
-        only requests change their model whose share has to move.
+        The choice depends on the arguments and the weights alone (weighted rendezvous hashing), so a change of weights
+        moves no more requests to other models than the change of shares requires.
 
         Args:
             tenant: Name of the tenant of the request.
@@ -52,7 +53,9 @@ class Alias:
         """
 
         def arrival(model: str) -> float:
-            """Time of exponential distribution with the weight as its rate: the first to arrive is chosen."""
+            """Draw an exponentially distributed time with the weight as its rate. The model with the least time is
+            chosen.
+            """
             digest = hashlib.blake2b(f"{tenant}\0{model}\0".encode() + identity, digest_size=8).digest()
             return -math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1)) / self._weights[model]
 
@@ -60,9 +63,10 @@ class Alias:
 
 
 def identity_of(request_id: str, seed: int | None, prompt: Callable[[], object]) -> bytes:
-    """Return what is the same when a request is sent again: its id, or seed and prompt; without both, nothing is.
+    """Return the identity of a request, which stays the same when it is sent again: its id, or else its seed and
+    prompt; without id and seed, a random one.
 
-    Every API asks this function, so that a request has the same identity whichever of them it comes by.
+    All APIs use this function, so that a request has the same identity by whichever of them it comes.
 
     Args:
         request_id: Id that the client gave the request; empty: none.
@@ -77,10 +81,10 @@ def identity_of(request_id: str, seed: int | None, prompt: Callable[[], object])
 
 
 class Aliases:
-    """The aliases of a file, read again when it changes; a file with a mistake leaves them as they were.
+    """The aliases of a file, which is read again when it changes. If the file has an error, the last valid ones stay.
 
     Args:
-        path: The file, `read_aliases` says of what form; None: there are no aliases.
+        path: The file, in the format of `read_aliases`; None: there are no aliases.
         models: Names of the models that are served.
 
     Raises ConfigFileError.
@@ -96,7 +100,7 @@ class Aliases:
 
     @property
     def is_failing(self) -> bool:
-        """True while the file cannot be read. Looks at the file: to be asked about once a second."""
+        """True while the file cannot be read. Checks the file for changes, so it should be read about once a second."""
         if self._file is None:
             return False
         self._file.refresh()

@@ -1,4 +1,4 @@
-"""Bytes that callers make a worker hold: requests that were read, untaken answers, and messages under way."""
+"""Accounting of the bytes that calls hold in a worker: read requests, answers not yet taken, and messages under way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 from scalellm.services.common.errors import StatusError
 
 _MAX_READING = 64
-"""Calls of one tenant and connection whose requests are read at once; the others' are bounded by flow control."""
+"""Calls of one tenant and connection whose requests are read at once. Further ones are bounded by flow control."""
 
 _READ_LIMIT = 60.0
 """Seconds within which a request has to be complete: 1 MiB comes in that time at 140 kbit/s."""
@@ -22,7 +22,7 @@ _RETRY_AFTER = 1.0
 
 @dataclass(slots=True)
 class _Holder:
-    """A tenant, or its part of a connection."""
+    """The bytes held for a tenant, or for a tenant on one connection."""
 
     max_bytes: int
     bytes: int = 0
@@ -32,7 +32,7 @@ class _Holder:
 
 @dataclass(slots=True)
 class CallAccount:
-    """One call's part."""
+    """The bytes held for one call."""
 
     _holders: tuple[tuple[str, _Holder], ...]
     _read_limit: float
@@ -40,7 +40,7 @@ class CallAccount:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[None]:
-        """Around the wait for a request. Raises StatusError DEADLINE_EXCEEDED."""
+        """Context for reading the call's request. Raises StatusError DEADLINE_EXCEEDED if that takes too long."""
         try:
             async with asyncio.timeout(self._read_limit), self._holders[-1][1].reading:
                 yield
@@ -50,7 +50,9 @@ class CallAccount:
             ) from None
 
     def hold(self, num_bytes: int) -> None:
-        """So many bytes more are held until the call is done. Raises StatusError RESOURCE_EXHAUSTED."""
+        """Count `num_bytes` more bytes as held until the call ends. Raises StatusError RESOURCE_EXHAUSTED over the
+        limit.
+        """
         for whose, holder in self._holders:
             if holder.bytes and holder.bytes + num_bytes > holder.max_bytes:
                 raise StatusError(
@@ -65,10 +67,10 @@ class CallAccount:
 
 
 class CallBytes:
-    """Bounds what calls hold in this process, per tenant and, within it, per connection.
+    """Limits the bytes that calls hold in this process, per tenant and, within it, per connection.
 
     Args:
-        max_tenant_bytes: Most bytes of one tenant. A single message is always taken.
+        max_tenant_bytes: Most bytes of one tenant. A single message is always accepted.
         max_connection_bytes: Most bytes of one tenant on one connection.
         read_limit: Seconds within which a request has to be complete.
     """
@@ -86,12 +88,12 @@ class CallBytes:
 
     @property
     def num_bytes(self) -> int:
-        """Held now, for all callers."""
+        """Bytes held now for all callers."""
         return sum(self._by_tenant())
 
     @property
     def largest_bytes(self) -> int:
-        """Held now for the tenant that holds most."""
+        """Bytes held now for the tenant that holds most."""
         return max(self._by_tenant(), default=0)
 
     @property
@@ -104,11 +106,11 @@ class CallBytes:
 
     @asynccontextmanager
     async def call(self, tenant: str, peer: str) -> AsyncIterator[CallAccount]:
-        """Around a call: what it held is given back at the end.
+        """Context of a call. The bytes that it holds are released at its end.
 
         Args:
             tenant: Name of the tenant on whose behalf it runs.
-            peer: Names the connection that it came by.
+            peer: Identifies the connection by which it came.
         """
         keys = {(tenant, ""): self._max_tenant_bytes, (tenant, peer): self._max_connection_bytes}
         holders = []

@@ -1,4 +1,4 @@
-"""Schedulers' queues that have no room for a tenant, remembered for a moment."""
+"""A short-lived cache of the schedulers' refusals for want of room in the queue, by tenant."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from scalellm.services.common.errors import StatusError
 from scalellm.v1 import link_pb2
 
 _LONGEST_WAIT = 60 * 10**9
-"""Nanoseconds: the longest time to a retry that a caller is told of."""
+"""Longest time until a retry that a caller is asked to wait, in nanoseconds."""
 
 _RETURNS_PER_END = 2
-"""Refused callers that are to come back for each request that ends: some will not, and the queue shall not run dry."""
+"""Refused callers that are asked to retry per request that ends. More than one, because some will not retry and the
+queue must not run empty."""
 
 _NUM_ENDS = 32
-"""Last ends of a tenant's requests by which their rate is measured."""
+"""Number of a tenant's last requests over whose ends their rate is measured."""
 
 
 class FullQueues:
-    """Spares schedulers the requests that they have just said they would refuse, and spreads the retries of callers.
+    """Refuses requests that the schedulers would refuse, by their recent refusals, and spreads the callers' retries.
 
-    Which tenant has no room, and for how long that holds, is the scheduler's alone to say; nothing is concluded from it
-    for other tenants or other schedulers.
+    The scheduler alone decides which tenant has no room, and for how long. A refusal says nothing about other tenants
+    or other schedulers.
     """
 
     def __init__(self) -> None:
@@ -29,12 +30,12 @@ class FullQueues:
         self._returns: dict[bytes, _Returns] = {}
 
     def note(self, tenant: bytes, scheduler: str, finish: link_pb2.Finish, now: int) -> None:
-        """A scheduler ended a request. If it refused it for want of room, the refusal says when to come back.
+        """Handle the Finish of a request. If it is a refusal for want of room, remember it and set its time to retry.
 
         Args:
-            tenant: Tenant of the request, as schedulers know it.
+            tenant: Tenant of the request, as in its Submit.
             scheduler: The scheduler's address.
-            finish: The scheduler's Finish; the time to a retry is changed.
+            finish: The scheduler's Finish; its time to retry is changed.
             now: Monotonic nanoseconds.
         """
         if finish.tenant_full_ns:
@@ -46,7 +47,7 @@ class FullQueues:
             self.count_end(tenant, now)
 
     def count_end(self, tenant: bytes, now: int) -> None:
-        """A request that a scheduler had taken is over."""
+        """Count the end of a request that a scheduler had accepted, for the rate of retries."""
         if (returns := self._returns.get(tenant)) is not None:
             if returns.is_over(now):
                 del self._returns[tenant]
@@ -54,12 +55,12 @@ class FullQueues:
                 returns.ends.append(now)
 
     def forget(self, scheduler: str) -> None:
-        """A scheduler was lost: whatever takes its place has a queue of its own."""
+        """Forget the refusals of a scheduler that was lost, because its successor has a queue of its own."""
         for full in self._full.values():
             full.pop(scheduler, None)
 
     def check_room(self, tenant: bytes, schedulers: list[str], now: int) -> None:
-        """Raise the refusal of a new request of a tenant, where each of the schedulers would refuse it."""
+        """Raise StatusError RESOURCE_EXHAUSTED for a tenant's new request if each of the schedulers would refuse it."""
         full = self._full.get(tenant)
         if full is None:
             return
@@ -84,13 +85,13 @@ class FullQueues:
 
 
 class _Returns:
-    """The times at which the refused callers of one tenant are told to come back.
+    """Assigns the refused callers of one tenant their times to retry.
 
-    One after the other, at twice the rate at which the tenant's requests end, and not all of them a second later: so
-    however many callers there are, in each second about as many are refused again as are served.
+    The times follow one another at twice the rate at which the tenant's requests end. So, whatever the number of
+    callers, about as many are refused again per second as are served.
 
     Attributes:
-        ends: Time at which its last requests ended, in monotonic nanoseconds.
+        ends: Times at which its last requests ended, in monotonic nanoseconds.
     """
 
     __slots__ = ("_last", "_refused_at", "ends")
@@ -101,15 +102,15 @@ class _Returns:
         self._refused_at = 0
 
     def is_over(self, now: int) -> bool:
-        """True once nobody was refused for as long as anybody may have been told to wait."""
+        """True once no caller was refused for the longest time that a caller may have been asked to wait."""
         return now - self._refused_at > _LONGEST_WAIT
 
     def next(self, now: int, soonest: int) -> int:
-        """Nanoseconds that the next one shall wait, `soonest` or more."""
+        """Return the nanoseconds that the next caller shall wait, at least `soonest`."""
         self._refused_at = now
-        # Until a few requests have ended, which may take long, all callers are told the same time.
+        # Until two requests have ended, which may take long, all callers get the same time.
         gap = (now - self.ends[0]) // (len(self.ends) * _RETURNS_PER_END) if len(self.ends) > 1 else 0
         self._last = max(self._last + gap, now + soonest)
         if self._last - now > _LONGEST_WAIT:
-            self._last = now + soonest  # more than can be told apart: they share the time with those before
+            self._last = now + soonest  # too many for distinct times, so these share the times of earlier callers
         return self._last - now

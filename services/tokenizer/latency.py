@@ -23,7 +23,7 @@ _TIMING_NAMES = (
 
 
 class LatencyTrace:
-    """The edge's stop-watch for one request. Every stamp is from this process's monotonic clock, in nanoseconds.
+    """The times of one request at the edge. All are of this process's monotonic clock, in nanoseconds.
 
     Attributes:
         arrived_at: Time at which the request came.
@@ -58,21 +58,21 @@ class LatencyTrace:
         return self._clock()
 
     def leave_below(self, receiver: TokenReceiver) -> None:
-        """Take over what the request's receiver knows of the hops below, once it takes nothing from there any more."""
+        """Copy the times that the request's receiver recorded, once no more results are taken from it."""
         self.first_token_at, self.last_token_at = receiver.first_token_at, receiver.last_token_at
         self.finished_at = receiver.finished_at
         self.resubmissions = receiver.resubmissions
 
     @property
     def ttft_seconds(self) -> float:
-        """From the arrival to the first token; only once it came."""
+        """Seconds from the arrival to the first token. Valid once that has arrived."""
         return (self.first_token_at - self.arrived_at) / 1e9
 
     def breakdown(self, timings: link_pb2.HopTimings | None) -> common_pb2.LatencyBreakdown:
-        """Return the breakdown as known now; the parts add up to the total exactly.
+        """Return the breakdown as known now. Its parts add up to the total exactly.
 
-        What the hops below measured happened between two stamps of our own clock, and is cut to that span should a
-        clock of theirs run differently: so the remainder, `network_ns`, is never negative.
+        Durations measured by the hops below lie between two times of this clock and are cut to that span, because the
+        other clocks may run at another rate. So the remainder, `network_ns`, is never negative.
 
         Args:
             timings: Timings of the request's Finish; None when it did not get that far.

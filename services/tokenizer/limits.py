@@ -1,6 +1,6 @@
-"""Limits on the sizes of requests, as documented in the protos and told by GetInfo.
+"""Limits on the sizes of requests, as documented in the protos and reported by GetInfo.
 
-Those on how tokens are drawn and on the shape of answers stand in `services/common/field_rules.py`.
+Limits of sampling fields and of the shape of answers are in `services/common/field_rules.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from scalellm.services.common.field_rules import (
 from scalellm.v1 import tokenizer_pb2
 
 MAX_ANSWER_BYTES = 4 * 2**20
-"""Most bytes of one message to a client: what gRPC clients take unless they are told otherwise."""
+"""Most bytes of one message to a client: the default limit of gRPC clients."""
 
 MAX_ANSWER_TOKENS = 4096
-"""Tokens whose text, ids and log-probabilities one message of a stream holds: below 1 MiB with 20 alternatives each."""
+"""Most tokens in one message of a stream, whose texts, ids and log-probabilities with 20 alternatives take below 1
+MiB."""
 
 INLINE_TOKENS = 4096
 """Up to this many tokens are turned into text on the event loop, in about a millisecond."""
@@ -51,8 +52,8 @@ class RequestLimits:
         """Most bytes of one message from a client: its text or its token ids, the shape of its answer, its prediction,
         and 64 KiB for all other fields.
 
-        It is what a request costs before anything in it is looked at: protobuf makes 28 MiB of objects, in some 40 ms,
-        of a MiB of empty chat messages.
+        It limits the cost of parsing a request before any check: from 1 MiB of empty chat messages, protobuf makes 28
+        MiB of objects in some 40 ms.
         """
         longest_input = max(self.max_prompt_bytes, _MAX_TOKEN_ID_BYTES * self.max_token_ids)
         return longest_input + MAX_STRUCTURE_BYTES + self.max_prediction_bytes + _MAX_BESIDE_INPUT_BYTES
@@ -64,7 +65,7 @@ class RequestLimits:
         return 3 * texts + _MAX_BESIDE_INPUT_BYTES
 
     def to_wire(self) -> tokenizer_pb2.Limits:
-        """The part that GetInfo tells."""
+        """Return the limits that GetInfo reports."""
         return tokenizer_pb2.Limits(
             max_prompt_bytes=self.max_prompt_bytes,
             max_messages=self.max_messages,

@@ -67,7 +67,7 @@ class Message(NamedTuple):
         return cls("assistant", texts[PartKind.TEXT], texts[PartKind.REASONING], calls)
 
     def stored(self) -> list[Any]:
-        """Return the message as JSON: role and content, and what else there is."""
+        """Return the message as JSON for storage: role and content, and the other fields that have a value."""
         rest: dict[str, Any] = {}
         if self.reasoning:
             rest["reasoning"] = self.reasoning
@@ -79,7 +79,9 @@ class Message(NamedTuple):
 
     @classmethod
     def of_stored(cls, stored: Sequence[Any]) -> Message:
-        """Return a message of which `stored` returned this. Raises TypeError, ValueError for anything else."""
+        """Return the message from the JSON that `stored` returned. Raises TypeError or ValueError for any
+        other JSON.
+        """
         role, content, *others = stored
         rest: Mapping[str, Any] = others[0] if others else {}
         calls = tuple(FunctionCall(*call) for call in rest.get("calls", ()))
@@ -92,7 +94,7 @@ def for_template(messages: Sequence[Message], tools: Sequence[Any], dialect: Dia
     Args:
         messages: The conversation; arguments of calls were checked to be JSON objects.
         tools: Functions that the model may call, as the variable `tools`.
-        dialect: The dialect, which says how the model is told of tools.
+        dialect: The dialect, which defines the form in which the model gets tools.
     """
     if dialect.tools is ToolsInPrompt.WRITTEN_OUT:
         return _written_out(messages, tools)
@@ -108,9 +110,10 @@ def for_template(messages: Sequence[Message], tools: Sequence[Any], dialect: Dia
 
 
 def _one_by_one(messages: Sequence[Message]) -> Iterator[Message]:
-    """Yield messages of which none has several calls, or text and reasoning beside a call; results follow their calls.
+    """Divide messages so that none has several calls, or both text and reasoning beside a call. Results follow their
+    calls.
 
-    Text and reasoning are one there: the model wrote both before it called.
+    Beside a call, text and reasoning are joined, because the model wrote both before the call.
     """
     waiting: list[Message] = []
     for message in messages:
@@ -123,7 +126,7 @@ def _one_by_one(messages: Sequence[Message]) -> Iterator[Message]:
 
 
 def _with_results(messages: Sequence[Message]) -> Iterator[Message]:
-    """Yield a message and the results behind it: each of its calls with the results of that."""
+    """Divide a message with calls, and the results after it: yield each call as a message, followed by its results."""
     if not messages:
         return
     first, *results = messages
@@ -174,7 +177,9 @@ To call a function, write:
 
 
 def _written_out(messages: Sequence[Message], tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return messages with tools, calls and results in their contents, for templates that know none of them."""
+    """Return messages with tools, calls and results written into their contents, for templates that support none of
+    these.
+    """
     told: list[dict[str, Any]] = []
     was_result = False
     for message in messages:

@@ -1,7 +1,7 @@
 """The edge's metrics. Names follow vLLM's, with our prefix.
 
-Each worker writes its values to memory-mapped files (prometheus_client's multiprocess mode); the parent's endpoint adds
-them up. An update costs one or two microseconds, so what happens per message is only noted and counted twice a second.
+Each worker writes its values to memory-mapped files (prometheus_client's multiprocess mode), and the parent's endpoint
+adds them up. An update costs one or two microseconds, so events per message are buffered and counted twice a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SCHEDULER = ("scheduler",)
 _PREFIX = "scalellm_tokenizer_requests"
 _ACCEPTED, _ENDED, _RUNNING = f"{_PREFIX}_accepted", f"{_PREFIX}_ended", f"{_PREFIX}_running"
 _LOST = {"outcome": "rejected", "code": "UNAVAILABLE"}
-"""Status of calls whose worker dies, as their clients see it."""
+"""Labels of calls whose worker died, by the status that their clients see."""
 _TRANSPORTS = ("grpc", "http")
 
 
@@ -150,27 +150,27 @@ class EdgeMetrics:
         self._followed: dict[Counter, tuple[Callable[[], int], int]] = {}
 
     def count_accepted(self, transport: str) -> None:
-        """A request came."""
+        """Count an accepted request."""
         self._accepted[transport].inc()
 
     def count_end(self, transport: str, code: grpc.StatusCode) -> None:
-        """A request ended."""
+        """Count the end of a request."""
         self._ended[transport, code].inc()
 
     def count_limited(self, limit: str) -> None:
-        """A request was refused for a limit of its tenant."""
+        """Count a request that was refused for a limit of its tenant."""
         self._limited[limit].inc()
 
     def count_call(self, method: str, code: grpc.StatusCode) -> None:
-        """A call that was let in ended."""
+        """Count the end of an admitted call."""
         self._calls.labels(method, code.name).inc()
 
     def follow(self, counter: Counter, read: Callable[[], int]) -> None:
-        """Let `counter` have the value that `read` gives, at every flush."""
+        """Set `counter` to the value that `read` returns, at every flush."""
         self._followed[counter] = (read, 0)
 
     def tell_schedulers(self, num_sent: Mapping[str, int], num_running: Mapping[str, int]) -> None:
-        """Set the requests sent to each scheduler so far, and those that run there now, by its address."""
+        """Set the numbers of requests sent to each scheduler so far, and running there now, by its address."""
         for address, count in num_sent.items():
             sent, last = self._sent_to.get(address) or (self._sent.labels(address), 0)
             sent.inc(count - last)
@@ -179,14 +179,14 @@ class EdgeMetrics:
             self._on_scheduler.labels(address).set(count)
 
     def follow_tracer(self, tracer: Tracer) -> None:
-        """Count the spans that are lost."""
+        """Count the tracer's lost spans."""
         name, text, labels = DROPPED_SPANS
         dropped = Counter(name, text, labelnames=labels, registry=self._registry)
         self.follow(dropped.labels(QUEUE_FULL), lambda: tracer.num_refused)
         self.follow(dropped.labels(EXPORT_FAILED), lambda: tracer.num_failed)
 
     def flush(self) -> None:
-        """Count what was noted: in one go it costs a third of what it costs between messages."""
+        """Count the buffered events. All at once they cost a third of what they would cost between messages."""
         for model in self.models.values():
             model.flush()
         for counter, (read, last) in self._followed.items():
@@ -196,10 +196,10 @@ class EdgeMetrics:
 
 
 class WorkersCollector(Collector):
-    """Adds up the workers' files, and closes the books of workers that crashed, which are in a file beside them: any
-    process that reads the folder says the same.
+    """Adds up the workers' files, and counts the calls of crashed workers as ended. The latter are kept in a file in
+    the same folder, so that every process that reads the folder gets the same values.
 
-    The running requests are what was accepted and has not ended, taken from one reading of the files, so that
+    The number of running requests is computed from one reading of the files, as accepted minus ended ones, so that
     accepted = finished + cancelled + rejected + running holds at every scrape.
 
     Args:
@@ -211,11 +211,11 @@ class WorkersCollector(Collector):
         self._crash_file = folder / "crashes.json"
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that registering does not collect."""
+        """Return nothing, so that registering does not collect."""
         return []
 
     def collect(self) -> list[Metric]:
-        """All metrics, from one reading."""
+        """Return all metrics, from one reading of the files."""
         crashes, lost_calls = self._read_crashes()
         metrics = self._read(sorted(self._folder.glob("*.db")))
         running = sum(_running(metrics, transport) - lost_calls[transport] for transport in _TRANSPORTS)
@@ -233,7 +233,7 @@ class WorkersCollector(Collector):
         ]
 
     def on_worker_crash(self, pid: int) -> None:
-        """The calls that a worker was serving when it died ended with it: count them as rejected."""
+        """Count the calls that a worker was serving when it died as rejected."""
         mark_process_dead(pid, str(self._folder))  # type: ignore[no-untyped-call]
         crashes, lost = self._read_crashes()
         metrics = self._read(sorted(self._folder.glob(f"counter_{pid}.db")))

@@ -35,7 +35,7 @@ _HISTOGRAMS = (
 )
 
 _MAX_NOTES = 1000
-"""Observations after which `flush` is not waited for."""
+"""Buffered observations after which they are counted without waiting for `flush`."""
 
 
 class ModelMetrics:
@@ -48,8 +48,8 @@ class ModelMetrics:
 
     Attributes:
         prompt_tokens: Prompt tokens of requests that finished.
-        generation_tokens: Received for requests that run.
-        ttft: Times to first tokens.
+        generation_tokens: Tokens received for running requests.
+        ttft: Times to the first tokens.
         success: See above.
     """
 
@@ -103,7 +103,7 @@ class ModelMetrics:
         return found
 
     def observe_gap(self, seconds: float) -> None:
-        """A message with tokens goes out, so long after the sample's last one."""
+        """Record a message with tokens that is sent `seconds` seconds after the sample's previous one."""
         self._gaps.append(seconds)
         if len(self._gaps) >= _MAX_NOTES:
             self.flush()
@@ -111,7 +111,7 @@ class ModelMetrics:
     def observe_finished(
         self, latency: common_pb2.LatencyBreakdown, usage: common_pb2.Usage, seconds_per_token: float
     ) -> None:
-        """A request finished; `seconds_per_token` is 0 where no token followed the first one."""
+        """Record a finished request; seconds_per_token: 0 if no token followed the first one."""
         self.prompt_tokens.inc(usage.prompt_tokens)
         self._notes += (
             (self._e2e, latency.total_ns / 1e9),
@@ -127,7 +127,7 @@ class ModelMetrics:
             self.flush()
 
     def flush(self) -> None:
-        """Count what was noted: in one go it costs a third of what it costs between messages."""
+        """Count the buffered events. All at once they cost a third of what they would cost between messages."""
         gaps, self._gaps = self._gaps, []
         for gap in gaps:
             self._itl.observe(gap)

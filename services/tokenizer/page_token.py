@@ -1,4 +1,4 @@
-"""Page tokens: where the next page begins, opaque to clients."""
+"""Page tokens, which encode where the next page begins. Opaque to clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scalellm.services.common.errors import StatusError
 
 
 def make_page_token(*place: float | str) -> str:
-    """Return the token of a place, which is numbers and texts."""
+    """Return the token of a place, which consists of numbers and texts."""
     return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
 
 
@@ -27,5 +27,5 @@ def read_page_token(token: str) -> list[Any]:
 
 
 def bad_page_token() -> StatusError:
-    """The refusal of a token that no answer gave."""
+    """Return the error for a page token that is not from an answer."""
     return StatusError.invalid("page_token", "must be empty or the next_page_token of an earlier answer")

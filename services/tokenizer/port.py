@@ -9,18 +9,18 @@ from scalellm.services.common.lifecycle import StartError
 
 
 class PortReservation:
-    """Holds an address without listening on it, so that only this process's workers can.
+    """Reserves an address without listening on it, so that only this process's workers listen there.
 
-    SO_REUSEPORT lets any process of the same user listen beside ours, also a second service that was started by
-    mistake. So the port is bound first without it, which fails if anybody else is there, and opened to the workers
-    after that.
+    SO_REUSEPORT lets any process of the same user listen on the port, including a second service that was started by
+    mistake. So the port is first bound without it, which fails if another process has it, and then opened to the
+    workers.
 
     Args:
         host: Address to listen on.
         port: Port; 0 takes a free one.
-        option: Its option, for messages.
+        option: Name of the command-line option, for messages.
 
-    Raises StartError when somebody else has the port or the address is not this machine's.
+    Raises StartError if the port is in use, or the address is not this machine's.
     """
 
     def __init__(self, host: str, port: int, option: str = "--port") -> None:
@@ -38,5 +38,5 @@ class PortReservation:
         self.port: int = self._socket.getsockname()[1]
 
     def close(self) -> None:
-        """Give the port up."""
+        """Release the port."""
         self._socket.close()

@@ -35,7 +35,7 @@ ResultT = TypeVar("ResultT")
 
 
 class _Told(NamedTuple):
-    """The variables of a chat template beside those of the server."""
+    """The variables of a chat template that the request sets."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
@@ -57,7 +57,7 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Everything a worker does with text before generation. Use as an async context manager.
+    """Makes the token ids of requests: chat template and encoding. Use as an async context manager.
 
     Args:
         model: The model's tokenizer.
@@ -100,17 +100,17 @@ class PromptBuilder:
 
     @property
     def can_take_content_as_text(self) -> bool:
-        """True if special tokens' texts in contents can be text: where they cannot, such chats are refused."""
+        """True if special tokens' texts in contents can be encoded as plain text. Otherwise such chats are refused."""
         return self._encoder.special_texts.are_alone
 
     @property
     def is_working(self) -> bool:
-        """True while texts are encoded and chats rendered; false once that has failed for good."""
+        """True while texts can be encoded and chats rendered; false once that has failed for good."""
         return self._encoder.is_working and (self._renderer is None or self._renderer.is_working)
 
     @property
     def num_panics(self) -> int:
-        """Texts that the tokenizers library panicked over."""
+        """Number of texts on which the tokenizers library panicked."""
         return self._encoder.num_panics
 
     async def build(
@@ -122,7 +122,7 @@ class PromptBuilder:
             request: The request.
             session: The conversation that it continues, if any.
             caller: Name of the tenant whose turn a long text takes.
-            max_model_len: The model's context; a text that certainly does not fit is refused before it is encoded.
+            max_model_len: The model's context length. A text that certainly exceeds it is refused before it is encoded.
         """
         if request.WhichOneof("input") == "tokens":
             return Prompt(request.tokens.ids)
@@ -149,7 +149,8 @@ class PromptBuilder:
     async def render(
         self, chat: generation_pb2.Chat, history: Sequence[Message] = (), *, caller: str, effort: str = ""
     ) -> MarkedText:
-        """Return the text of a conversation: `history`, then `chat`, marked as that says. Raises StatusError.
+        """Render a conversation: `history`, then `chat`, with marks if `chat` asks for content as text. Raises
+        StatusError.
 
         Args:
             chat: The new messages.
@@ -223,5 +224,5 @@ class PromptBuilder:
         return await self._encoder.encode(text.text, caller=caller, add_special_tokens=False, max_tokens=max_tokens)
 
     async def run(self, caller: str, work: Callable[[], ResultT]) -> ResultT:
-        """Return the result of long work on text, done in the encoder's thread when it is the caller's turn."""
+        """Run long work on text in the encoder's thread when it is the caller's turn, and return its result."""
         return await self._encoder.run(caller, work)

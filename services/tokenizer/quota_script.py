@@ -1,4 +1,4 @@
-"""The step that all workers share, run by Redis as one."""
+"""The Redis script, executed atomically, by which all workers count the usage of tenants."""
 
 QUOTA_SCRIPT = """
 -- KEYS: the tenant's hash. ARGV: worker, sequence, running, lease ms, admit, tokens, then three limits (0: none), and

@@ -1,7 +1,7 @@
 """Tenants' limits, counted over all worker processes in Redis.
 
-A request that is limited costs one round trip, before anything else is done for it; one that is not costs none. Ends of
-requests are reported beside the requests' path.
+A request of a tenant with limits costs one round trip to Redis, before any other work; one without limits costs none.
+The ends of requests are reported in the background.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 
 _MINUTE = 60.0
 _LEASE = 30.0
-"""Seconds after which the running requests of a worker that is heard of no more count no more; told thrice as often."""
+"""Seconds after which the running requests of a worker that no longer reports cease to count. Workers report three
+times within that time."""
 
 _RETRY_REDIS = 1.0
 _RETRY_CONCURRENT = 1.0
@@ -36,7 +37,7 @@ _SHORTEST_RETRY = 0.1
 
 @dataclass(slots=True, eq=False)
 class _Account:
-    """One tenant's use in this process. Levels are of leaky buckets: the time at which each will have run dry.
+    """One tenant's usage in this process. The level of a leaky bucket is stored as the time at which it will be empty.
 
     Attributes:
         tenant: Its name.
@@ -55,23 +56,23 @@ class _Account:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """One request that was admitted; `end` it once."""
+    """The admission of one request. `end` must be called once."""
 
     _quotas: TenantQuotas
     _account: _Account
     _reserved: int = 0
 
     async def reserve(self, tokens: int) -> None:
-        """Charge the tokens that the request may use, before it uses them. Raises StatusError RESOURCE_EXHAUSTED."""
+        """Charge the most tokens that the request may use, before it runs. Raises StatusError RESOURCE_EXHAUSTED."""
         limit = self._account.limits.tokens_per_minute
         if limit is None:
             return
-        amount = min(tokens, limit)  # more holds no others up any longer
+        amount = min(tokens, limit)  # at most a full bucket is charged
         await self._quotas._reserve(self._account, amount)
         self._reserved = amount
 
     def end(self, tokens: int) -> None:
-        """The request is over, and has used so many tokens."""
+        """End the request, which has used `tokens` tokens; the rest of its reservation is given back."""
         self._quotas._end(self._account, tokens - self._reserved)
 
 
@@ -92,22 +93,22 @@ class _Refusal:
 
 @dataclass(slots=True, eq=False)
 class TenantQuotas:
-    """Admits requests within the limits of their tenants. `run` has to run.
+    """Admits requests within the limits of their tenants, while `run` runs.
 
     Rates are leaky buckets that hold one minute's worth. A request's tokens are charged when its prompt is known, with
-    the longest answer that it may have, and what it did not use is given back at its end. A request finds room as long
-    as the bucket is not full, whatever it needs: so none is too large for ever, and what is beyond the limit is waited
-    off. While Redis is away each process keeps to the limits on its own, so that a tenant may use up to as many times
-    as much as there are processes.
+    the longest answer that it may have; unused ones are given back at its end. Any request is admitted while the bucket
+    is not full, whatever its size, so that no request is too large forever; later ones wait until the excess has
+    drained. While Redis is away each process applies the limits on its own, so that a tenant may use up to its limit
+    times the number of processes.
 
     Attributes:
         redis: Redis in which processes share counts; None: each one is alone.
-        worker: Names this process.
+        worker: Name of this process.
         lease: See _LEASE.
         clock: Monotonic seconds.
-        is_shared: True if the limits hold over all processes now.
-        num_failures: Operations that Redis did not do.
-        refused: Called with the name of a limit that a request was refused for.
+        is_shared: True if the limits now hold over all processes.
+        num_failures: Number of failed Redis operations.
+        refused: Called with the name of the limit for which a request was refused.
     """
 
     redis: Redis | None
@@ -128,11 +129,13 @@ class TenantQuotas:
 
     @property
     def is_degraded(self) -> bool:
-        """True if the limits should hold over all processes, but hold in this one alone."""
+        """True if the limits should hold over all processes, but are applied in this one alone, as Redis is away."""
         return self.redis is not None and not self.is_shared
 
     async def admit(self, tenant: Tenant, priority: int = 0) -> Lease | None:
-        """Let a request in; None where nothing is counted. Raises StatusError RESOURCE_EXHAUSTED, INVALID_ARGUMENT."""
+        """Admit a request. Returns None if its tenant has no limits. Raises StatusError RESOURCE_EXHAUSTED, or
+        INVALID_ARGUMENT for a priority that the tenant may not use.
+        """
         limits = tenant.limits
         if priority < limits.min_priority:
             self.refused("min_priority")
@@ -158,7 +161,7 @@ class TenantQuotas:
 
     @contextlib.asynccontextmanager
     async def admitted(self, tenant: Tenant) -> AsyncIterator[None]:
-        """Around a request that uses no tokens. Raises StatusError RESOURCE_EXHAUSTED."""
+        """Context of a request that uses no tokens. Raises StatusError RESOURCE_EXHAUSTED."""
         lease = await self.admit(tenant)
         try:
             yield
@@ -168,10 +171,10 @@ class TenantQuotas:
 
     @contextlib.asynccontextmanager
     async def reading(self, tenant: Tenant) -> AsyncIterator[None]:
-        """Around a call that reads a kept answer which another call began. Raises StatusError RESOURCE_EXHAUSTED.
+        """Context of a call that reads a kept answer which another call began. Raises StatusError RESOURCE_EXHAUSTED.
 
-        Such calls are counted apart from the requests that run, as many at once as these: a client that comes back
-        must find a place while its request, and the connection that broke, still hold theirs.
+        Such calls have a limit of their own, equal to that of running requests, because a client that reconnects must
+        be admitted while its request, and its broken connection, still count.
         """
         if (most := tenant.limits.concurrent_requests) is None:
             yield
@@ -183,7 +186,7 @@ class TenantQuotas:
             lease.end(0)
 
     async def run(self) -> None:
-        """Report what ended, and renew what runs, until cancelled."""
+        """Report ended requests to Redis, and renew the running ones, until cancelled."""
         loop = asyncio.get_running_loop()
         renewal = loop.time() + self.lease / 3
         while True:
@@ -269,7 +272,9 @@ class TenantQuotas:
         return self.redis is not None and self.clock() >= self._retry_redis_at
 
     async def _ask_redis(self, account: _Account, *, admit: bool, reserve: int = 0) -> _Refusal | None:
-        """Report, and ask for one more request with `admit`, or for tokens. A failure is remembered in `is_shared`."""
+        """Report the usage to Redis, and ask for the admission of a request or for tokens. A failure clears
+        `is_shared`.
+        """
         assert self.redis is not None
         limits = account.limits
         tokens, account.unreported_tokens = account.unreported_tokens, 0

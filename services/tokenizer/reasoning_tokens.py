@@ -10,16 +10,16 @@ from scalellm.services.tokenizer.text.detokenizer import Detokenizer
 
 
 class ReasoningTokens:
-    """Counts the tokens of one sample that stand between the marks of its reasoning, as a budget of reasoning does.
+    """Counts the tokens between the marks of one sample's reasoning, in the same way as a budget of reasoning.
 
-    The answer is read token by token while reasoning may come, so how tokens are batched on their way changes nothing.
+    The answer is read token by token while reasoning may come, so the count does not depend on how tokens are batched.
 
     Args:
-        splitter: At the beginning of the answer, for `push`. The mark that ends reasoning is one token.
-        detokenizer: Shows marks, for `push`.
+        splitter: A splitter at the beginning of the answer, for `push`. The mark that ends reasoning must be one token.
+        detokenizer: A detokenizer that does not leave out marks, for `push`.
 
     Attributes:
-        count: Tokens so far.
+        count: Reasoning tokens so far.
     """
 
     __slots__ = ("_detokenizer", "_splitter", "count")
@@ -30,9 +30,8 @@ class ReasoningTokens:
         self.count = 0
 
     def push(self, token_ids: Sequence[int]) -> None:
-        """Count more of an answer whose text is not read by `read`: stop texts hold it back, or nobody wants it.
-
-        A token that ends the answer is none of it.
+        """Count further tokens of an answer whose text is not read with `read`, because of stop texts or because no
+        text is wanted. The token that ends the answer must be left out.
         """
         if not self._splitter.is_behind_reasoning:
             self.read(token_ids, self._detokenizer, self._splitter)
@@ -40,7 +39,7 @@ class ReasoningTokens:
     def read(
         self, token_ids: Sequence[int], detokenizer: Detokenizer, splitter: AnswerSplitter
     ) -> tuple[str, list[Part]]:
-        """Count more of an answer, and return its text and parts as this detokenizer and this splitter tell them."""
+        """Count further tokens of an answer. Returns their text and parts, by the given detokenizer and splitter."""
         texts: list[str] = []
         parts: list[Part] = []
         for place, token_id in enumerate(token_ids):

@@ -1,4 +1,4 @@
-"""One log line per request, at its end: how it went, not what it said."""
+"""One log line per request at its end, with its outcome and, unless configured, without its text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OURS = frozenset(
         grpc.StatusCode.UNKNOWN,
     }
 )
-"""Statuses that an operator wants to hear of: not the client's mistake, wish or limit."""
+"""Statuses of interest to the operator, which the client did not cause by a mistake, a cancellation or a limit."""
 
 _LONGEST_PROMPT = 4096
 """Characters of a prompt in a log line."""
@@ -65,11 +65,11 @@ class RequestLog:
         self._limit = LineLimit()
 
     def wants(self, error: StatusError | None) -> bool:
-        """True if a request that ended in this way may be logged."""
+        """True if a request that ended with this status may be logged."""
         return self._all or (error is not None and error.code in _OURS)
 
     def write(self, end: RequestEnd) -> None:
-        """A request that is wanted has ended."""
+        """Log the end of a request for which `wants` is true."""
         held_back = 0 if self._all else self._limit.admit()
         if held_back is None:
             return
@@ -84,7 +84,7 @@ class RequestLog:
         if held_back:
             values["not_logged"] = held_back
         if end.error is not None:
-            # Log the field of a client's mistake, not the message, which may quote the request.
+            # Only the field of a client's mistake is logged, because the message may quote the request.
             mistake = end.code is grpc.StatusCode.INVALID_ARGUMENT
             values["field" if mistake else "error"] = end.error.field if mistake else end.error.message
         if self._prompts:

@@ -32,8 +32,8 @@ _SAMPLING = (
 class RequestTrace:
     """One span for the call, and under it one for each stage: session, tokenize, the scheduler's part, detokenize.
 
-    Names of attributes follow OpenTelemetry's conventions for generative AI; `scalellm.` are our own. Nothing of what
-    users write is among them.
+    Names of attributes follow OpenTelemetry's conventions for generative AI, with `scalellm.` for our own. Attributes
+    never contain users' texts.
 
     Args:
         span: Span of the call.
@@ -47,18 +47,18 @@ class RequestTrace:
 
     @classmethod
     def begin(cls, tracer: Tracer, caller: Caller, times: LatencyTrace, model: str) -> RequestTrace | None:
-        """Begin with the call's arrival. None when it is not traced."""
+        """Begin the trace at the call's arrival. Returns None if the call is not traced."""
         attributes = {**caller.span_attributes, "gen_ai.request.model": model}
         span = tracer.begin(caller.method, caller.trace_headers(), times.arrived_at, attributes=attributes)
         return cls(span, times) if span is not None else None
 
     @property
     def trace_id(self) -> str:
-        """The id of the trace that this is a part of."""
+        """Id of the trace to which the spans belong."""
         return self._span.headers.trace_id
 
     def submit(self) -> TraceHeaders:
-        """The request leaves for the scheduler: what goes with it."""
+        """Begin the span of the scheduler's part. Returns the trace headers for the Submit."""
         self._below = self._span.begin(_LINK, self._times.now(), kind="client")
         return self._below.headers
 
@@ -69,7 +69,7 @@ class RequestTrace:
         finish: link_pb2.Finish | None,
         samples: Sequence[generation_pb2.SampleFinished],
     ) -> None:
-        """The call has ended.
+        """End all spans with the call.
 
         Args:
             end: End of the request.

@@ -1,4 +1,4 @@
-"""Registers public services: one place for malformed messages, errors, and refusing calls while the process drains."""
+"""Registration of public gRPC services, with common handling of malformed messages, errors, limits and the drain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Answering = Callable[[Any, grpc.aio.ServicerContext, CallAccount], Awaitable[No
 
 
 class CallGate:
-    """Counts the calls that run, and admits no more once it is closed."""
+    """Counts the running calls, and refuses new ones once it is closed."""
 
     def __init__(self) -> None:
         self._running = 0
@@ -37,21 +37,21 @@ class CallGate:
         return self._closed
 
     def enter(self) -> None:
-        """A call begins. Raises StatusError when closed."""
+        """Count a call that begins. Raises StatusError UNAVAILABLE if the gate is closed."""
         if self._closed:
             raise StatusError.unavailable("the service is shutting down", retry_after=1.0)
         self._running += 1
         self._idle.clear()
 
     def leave(self) -> None:
-        """A call that entered ends."""
+        """Count the end of a call that entered."""
         self._running -= 1
         if self._running == 0:
             self._idle.set()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around a call. Raises StatusError when closed."""
+        """Context of a call. Raises StatusError UNAVAILABLE if the gate is closed."""
         self.enter()
         try:
             yield
@@ -70,17 +70,17 @@ class CallGate:
 
 
 TenantOf = Callable[[], Tenant]
-"""On whose behalf the current call runs; raises StatusError."""
+"""Returns the tenant of the current call. Raises StatusError if the caller is not authorised."""
 
 Admit = Callable[[Tenant], AbstractAsyncContextManager[None]]
-"""Around a call that counts as a request of its tenant; raises StatusError when that is over a limit."""
+"""Context of a call that counts as a request of its tenant. Raises StatusError if the tenant is over a limit."""
 
 _VERDICT = 0.05
-"""Seconds given to gRPC, where a call ends before its message, to cancel it: the message was too long, and gRPC says so
-to the client itself."""
+"""Seconds to wait for gRPC to cancel a call that ended before its message. It does so if the message was too long, and
+reports that to the client itself."""
 
 _FREE = frozenset({"GetInfo"})
-"""Costs next to nothing."""
+"""Methods that count towards no limit, because they cost next to nothing."""
 
 
 def add_service(
@@ -93,19 +93,19 @@ def add_service(
     tenant_of: TenantOf,
     admit: Admit | None = None,
 ) -> None:
-    """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK, and see to
-    their callers' limits themselves where `admit` is None.
+    """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK, and apply their
+    callers' limits themselves if `admit` is None.
 
-    The generated `add_..._to_server` functions would leave a message that does not parse to gRPC, which answers
-    INTERNAL; it is the client's mistake and is answered INVALID_ARGUMENT here. And they would leave answers to gRPC,
-    which keeps them until the client takes them: here a call runs, and counts, until its answer was taken.
+    With the generated `add_..._to_server` functions, gRPC would answer a message that does not parse with INTERNAL;
+    here it is INVALID_ARGUMENT, as it is the client's mistake. They would also leave answers to gRPC, which buffers
+    them until the client reads them; here a call runs, and counts, until its answer was read.
     """
     handlers = {}
     for method in service.methods:
         answering = _answering(getattr(servicer, method.name))
         if admit is not None and method.name not in _FREE:
             answering = _admitted(answering, admit, tenant_of)
-        # Register as client-streaming; otherwise gRPC never calls us when a client half-closes without a message.
+        # Registered as client-streaming, because otherwise gRPC does not call a handler if the client sends no message.
         handlers[method.name] = grpc.stream_stream_rpc_method_handler(
             guarded(_reading(answering, method, gate, held, tenant_of), method.full_name, on_end),
             request_deserializer=_lenient_parser(method),
@@ -115,7 +115,7 @@ def add_service(
 
 
 def check_answer(answer: Message) -> int:
-    """Return the bytes of an answer. Raises StatusError for one that a client might not take."""
+    """Return the size of an answer in bytes. Raises StatusError if it exceeds the default limit of clients."""
     size = answer.ByteSize()
     if size > MAX_ANSWER_BYTES:
         message = f"the answer has {size} bytes, a message holds at most {MAX_ANSWER_BYTES}; ask for less at a time"
@@ -136,13 +136,13 @@ def _lenient_parser(method: MethodDescriptor) -> Callable[[bytes], Message | Non
 
 
 def _answering(behaviour: _Behaviour) -> _Answering:
-    """Writes what `behaviour` returns; streams write themselves."""
+    """Wrap a method so that the answer that it returns is written. Streaming methods write their answers themselves."""
 
     async def call(request: Any, context: grpc.aio.ServicerContext, account: CallAccount) -> None:
         response = await behaviour(request, context)
         if response is not None:
             account.hold(check_answer(response))
-            await context.write(response)  # returns when flow control let it go
+            await context.write(response)  # returns once flow control has let the message pass
 
     return call
 
@@ -158,7 +158,7 @@ def _admitted(answering: _Answering, admit: Admit, tenant_of: TenantOf) -> _Answ
 def _reading(
     answering: _Answering, method: MethodDescriptor, gate: CallGate, held: CallBytes, tenant_of: TenantOf
 ) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]:
-    """A handler that reads its request itself, unless the gate is closed."""
+    """Make a handler that reads its request itself and runs the method, unless the gate is closed."""
     name = method.input_type.full_name
 
     async def call(_: object, context: grpc.aio.ServicerContext) -> None:

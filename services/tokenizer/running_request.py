@@ -1,4 +1,4 @@
-"""One request on its way through schedulers: what it takes to send it again."""
+"""One running request, with the state that is needed to send it to another scheduler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from scalellm.services.tokenizer.token_receiver import Resubmission, TokenReceiv
 from scalellm.v1 import common_pb2, link_pb2
 
 _BLOCK_TOKENS = 64
-"""Tokens at the beginning of a prompt that decide where it goes: those of a block, as schedulers know prefixes."""
+"""Tokens at the beginning of a prompt that decide which scheduler it goes to: one block of the schedulers' prefix
+index."""
 
 
 class Move(enum.Enum):
@@ -31,15 +32,15 @@ class RunningRequest:
     """A request from its first Submit to its end.
 
     Args:
-        submit: The first attempt here. With an `execution_id` and samples in `resumed` it goes on with what ran before.
+        submit: The first attempt here. With an `execution_id` and samples in `resumed` it continues an earlier run.
         min_tokens: See TokenReceiver.
         now: Monotonic nanoseconds.
 
     Attributes:
         receiver: Receiver of its results.
         link: Link on which it runs now; None while it waits for a scheduler, and after its end.
-        identity: The model with which it began: its tokens mean nothing to another one.
-        losses: Schedulers that were lost one after the other without a token from them.
+        identity: The model with which it began, and with which alone its tokens can be continued.
+        losses: Schedulers that were lost in a row, without a new token in between.
         why_lost: Error of the last link.
         move: Reason of that loss.
         timer: Ends its wait for a scheduler.
@@ -75,16 +76,16 @@ class RunningRequest:
 
     @property
     def tenant(self) -> bytes:
-        """The tenant, as schedulers know it."""
+        """Identifier of the tenant on links."""
         return self._submit.tenant
 
     def can_go_to(self, link: SchedulerLink) -> bool:
-        """True if the scheduler knows all that the request asks for."""
+        """True if the scheduler supports all features that the request asks for."""
         return not self._submit.grammar or (link.welcome is not None and link.welcome.grammars)
 
     def choose(self, links: list[SchedulerLink]) -> SchedulerLink:
-        """The link that it belongs on, by rendezvous hashing: each worker finds the same one, and when a scheduler
-        comes or goes, only what belongs to that one moves.
+        """Choose the request's link by rendezvous hashing: all workers choose the same scheduler, and when one joins or
+        leaves, only the requests of that one move.
         """
         if len(links) == 1:
             return links[0]
@@ -97,7 +98,7 @@ class RunningRequest:
         self._handle = link.submit(self._submit, self.receiver)
 
     def send_again(self, link: SchedulerLink, now: int) -> None:
-        """Send it to another scheduler, or to the same one again, which goes on where the last one was lost."""
+        """Send it again, to another scheduler or the same one, which continues from the tokens received so far."""
         submit, progress = self._submit, self.receiver.progress
         submit.attempt += 1
         if self._deadline is not None:
@@ -108,34 +109,36 @@ class RunningRequest:
         self.send(link, now)
 
     def seconds_left(self, now: int) -> float:
-        """Until its deadline; infinite without one."""
+        """Return the seconds until its deadline; infinite without one."""
         return (self._deadline - now) / 1e9 if self._deadline is not None else math.inf
 
     def stop_sample(self, index: int) -> None:
-        """A stop text ended a sample here."""
+        """End a sample in which a stop text was found."""
         self.receiver.progress.end_sample(index, common_pb2.FINISH_REASON_STOP)
         if self.link is not None:
             self.link.stop_sample(self._handle, index)
 
     def lose_link(self, why: StatusError, move: Move) -> None:
-        """The request's scheduler was lost, or gave the request back."""
+        """Record that the request's scheduler was lost, or gave the request back."""
         self.link = None
         self.why_lost = why
         self.move = move
 
     def count_loss(self) -> None:
-        """Count that the request's scheduler was lost."""
+        """Count the loss of the request's scheduler."""
         has_come_further = self.receiver.progress.num_tokens > self._num_resumed
         self.losses = 1 if has_come_further else self.losses + 1
 
     def finish(self, finish: link_pb2.Finish, now: int) -> None:
-        """The scheduler ended the request; time spent with earlier schedulers counts as failover."""
+        """Pass the scheduler's Finish on to the receiver. Time spent with earlier schedulers counts as failover."""
         self.link = None
         finish.timings.failover_ns += self._sent_at - self._first_sent_at
         self.receiver.on_finish(finish, now)
 
     def finish_here(self, now: int) -> None:
-        """All samples have ended, but the scheduler was lost that would have said so of the request."""
+        """Make a Finish for a request whose samples have all ended, because its scheduler was lost before it
+        sent one.
+        """
         progress = self.receiver.progress
         usage = common_pb2.Usage(
             prompt_tokens=len(self._submit.token_ids),
@@ -145,14 +148,14 @@ class RunningRequest:
         self.finish(link_pb2.Finish(usage=usage), now)
 
     def release(self, reason: link_pb2.AbortReason) -> None:
-        """Nobody takes from the receiver any more; if the request still runs it is aborted for `reason`."""
+        """Release the request, whose results are no longer read. If it still runs it is aborted for `reason`."""
         self.stop_waiting()
         if self.link is not None:
             self.link.release(self._handle, reason)
             self.link = None
 
     def stop_waiting(self) -> None:
-        """The request no longer waits for a scheduler."""
+        """Stop waiting for a scheduler: cancel the timer."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None

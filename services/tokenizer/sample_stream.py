@@ -1,7 +1,7 @@
-"""One sample's way from tokens to what its client sees. Pure: no gRPC, no clock.
+"""The conversion of one sample's tokens to the deltas that its client sees. Pure: no gRPC, no clock.
 
-The outcome depends on the tokens alone, not on how they were batched on their way: text, token counts and stop reasons
-are the same whether tokens come one by one or all at once.
+The result depends on the tokens alone, not on how they were batched: text, token counts and stop reasons are the same
+whether tokens come one by one or all at once.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from scalellm.v1 import common_pb2, generation_pb2
 
 @dataclass(slots=True)
 class Delta:
-    """New tokens of one sample, as its client sees them. One per message: so it costs less than a protobuf message.
+    """New tokens of one sample, as its client sees them. A plain class, which costs less than a protobuf message.
 
     Attributes:
         index: The sample.
-        text: New text; empty where none is wanted, or while a character or a possible stop text is incomplete.
-        offset: Tokens of the sample before these.
-        num_tokens: New tokens.
-        parts: New reasoning, text and calls; None where they are not told apart. `text` is the text in them.
-        token_ids: Their ids, when asked for.
-        logprobs: One entry per token, when asked for.
-        finished: The end of the sample, in the last one of it.
+        text: New text; empty if none is wanted, or while a character or a possible stop text is incomplete.
+        offset: Number of tokens of the sample before these.
+        num_tokens: Number of new tokens.
+        parts: New reasoning, text and calls; None if they are not told apart. `text` is the text in them.
+        token_ids: Ids of the new tokens, if requested.
+        logprobs: One entry per token, if requested.
+        finished: The end of the sample, in its last delta.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Delta:
 
 
 def parts_of(delta: Delta) -> Sequence[Part]:
-    """Return what is new, in order: all of it is text where reasoning and calls are not told apart."""
+    """Return the new parts in order. If reasoning and calls are not told apart, there is one part with the text."""
     if delta.parts is not None:
         return delta.parts
     return [Part(PartKind.TEXT, delta.text)] if delta.text else []
@@ -78,7 +78,7 @@ class OutputOptions:
 
     @classmethod
     def from_request(cls, request: generation_pb2.GenerateRequest) -> OutputOptions:
-        """The options of a request, defaults filled in."""
+        """Return the options of a request, with defaults filled in."""
         return cls(
             text=request.output != generation_pb2.OUTPUT_TOKEN_IDS,
             token_ids=request.output in (generation_pb2.OUTPUT_TOKEN_IDS, generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS),
@@ -99,8 +99,8 @@ class SampleStream:
         options: Parts of the answer that the client wants to see.
         texts: Texts of the model's tokens.
         stops: Stop strings, or None without any.
-        splitter: Tells reasoning, text and calls apart; None where all is text.
-        reasoning: Counts the tokens of reasoning; None where they cannot be counted.
+        splitter: Splits reasoning, text and calls; None if the whole answer is text.
+        reasoning: Counts the tokens of reasoning; None if they cannot be counted.
 
     Attributes:
         num_tokens: Tokens shown so far.
@@ -143,19 +143,21 @@ class SampleStream:
 
     @property
     def num_reasoning_tokens(self) -> int | None:
-        """Tokens of reasoning so far; None where they cannot be counted."""
+        """Tokens of reasoning so far; None if they cannot be counted."""
         return self._reasoning.count if self._reasoning is not None else None
 
     def push(self, batch: TokenBatch) -> Delta | None:
-        """Return what the client is to see of a batch, if anything: at least its end. After the end nothing is."""
+        """Return the delta of a batch, or None if the client sees nothing new. After the sample's end it is always
+        None.
+        """
         if self.ended is not None:
             return None
         token_ids, finish = batch.token_ids, batch.finish
         if finish is None and self._detokenizer is not None:
-            # Almost every message takes this way.
+            # The usual case.
             text, parts = self._read(self._detokenizer, token_ids)
             return self._respond(batch, text, parts, len(token_ids))
-        # The token that ended the sample is a token of the answer, but not text.
+        # The stop token that ended the sample counts as a token of the answer, but has no text in it.
         hides_last = (
             finish is not None
             and finish.HasField("stop_token_id")
@@ -192,7 +194,7 @@ class SampleStream:
         return self._respond(batch, text, parts, num_tokens)
 
     def _read(self, detokenizer: Detokenizer, token_ids: Sequence[int]) -> tuple[str, list[Part]]:
-        """Return the text of tokens, and its parts where they are told apart."""
+        """Return the text of tokens, and its parts if they are told apart."""
         if self._reasoning is not None and self._splitter is not None:
             return self._reasoning.read(token_ids, detokenizer, self._splitter)
         text = detokenizer.push(token_ids)

@@ -15,9 +15,9 @@ _FILE = "generation_config.json"
 
 
 def read_sampling_defaults(model: Path) -> common_pb2.SamplingParams:
-    """Return what the file of a model directory says, empty where there is none.
+    """Return the sampling parameters in a model directory's generation_config.json; empty if there is no file.
 
-    The keys are those that vLLM takes. A GGUF file has none. Raises StartError for a value that no request could have.
+    The keys are those that vLLM reads. A GGUF file has none. Raises StartError for a value that is out of range.
     """
     path = model / _FILE
     defaults = common_pb2.SamplingParams()
@@ -29,7 +29,7 @@ def read_sampling_defaults(model: Path) -> common_pb2.SamplingParams:
             kinds = (int,) if rule.kind is int else (int, float)
             if not isinstance(value, kinds) or isinstance(value, bool) or not -1 <= value < 2**31:
                 raise ModelFileError(f"{path}: {name} is {shown(value)}; it must be a number")
-            # -1 is how other servers write that top_k is off.
+            # Other servers write -1 if top_k is off.
             setattr(defaults, name, 0 if rule.kind is int and value < 0 else value)
         validate_sampling(defaults, vocab_size=0)
     except ModelFileError as error:
@@ -43,8 +43,8 @@ def read_sampling_defaults(model: Path) -> common_pb2.SamplingParams:
 def with_defaults(
     sampling: common_pb2.SamplingParams, defaults: common_pb2.SamplingParams
 ) -> common_pb2.SamplingParams:
-    """Return a copy in which what is not set has its default."""
+    """Return a copy of `sampling` in which parameters that are not set have their defaults."""
     filled = common_pb2.SamplingParams()
     filled.CopyFrom(defaults)
-    filled.MergeFrom(sampling)  # what is set there wins
+    filled.MergeFrom(sampling)  # values of the request replace the defaults
     return filled

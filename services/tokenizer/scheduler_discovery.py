@@ -1,4 +1,4 @@
-"""The schedulers that there are: the listed addresses and names, looked up again and again."""
+"""Discovery of schedulers: listed addresses and names, which are looked up periodically."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class SchedulerSet(Protocol):
     """The receiver of discovered schedulers."""
 
     def add(self, address: str, host: str) -> None:
-        """A scheduler is there; `host` is what it was listed under. Idempotent."""
+        """Add the scheduler at an address; `host` is the name under which it is listed. Idempotent."""
 
     def drop_when_down(self, address: str) -> None:
-        """A scheduler's name stands for it no more: it is forgotten once its link is down."""
+        """Forget a scheduler once its link is down, since its name no longer resolves to its address."""
 
 
 class SchedulerDiscovery:
@@ -27,7 +27,7 @@ class SchedulerDiscovery:
 
     Args:
         names: host:port of each.
-        schedulers: Told of additions and removals.
+        schedulers: Receives additions and removals.
         interval: Seconds between look-ups.
 
     Attributes:

@@ -46,25 +46,24 @@ class LinkOwner(Protocol):
     """The receiver of a link's events."""
 
     def link_changed(self, link: SchedulerLink) -> None:
-        """A link began or stopped to take requests."""
+        """Handle a link that began or ceased to take requests."""
 
     def request_finished(self, link: SchedulerLink, receiver: TokenReceiver, finish: link_pb2.Finish, now: int) -> None:
-        """The scheduler ended a request; `now` in nanoseconds of the monotonic clock."""
+        """Handle the scheduler's Finish of a request; `now` in nanoseconds of the monotonic clock."""
 
     def link_lost(self, link: SchedulerLink, receivers: list[TokenReceiver], error: StatusError) -> None:
-        """The link broke, or could not be made; these requests were on it."""
+        """Handle a link that broke or could not be made, with the requests that were on it."""
 
 
 class SchedulerLink:
-    """Hands requests to one scheduler and what comes back to their receivers. A LinkHandler.
+    """Sends requests to one scheduler, and passes results to their receivers. Implements LinkHandler.
 
-    Handles belong to one connection and end with it: what a scheduler that was given up still has to say reaches no
-    request.
+    Handles belong to one connection and end with it, so late frames of a scheduler that was given up reach no request.
 
     Args:
         address: host:port of the scheduler.
         hello: First frame of each connection.
-        owner: Told what happens.
+        owner: Handles the link's events.
         counts: Counts of messages in both directions.
         silence_limit: Seconds without a frame, while requests run, after which the scheduler counts as dead. It sends
             one every few seconds, whatever its executors do.
@@ -74,8 +73,8 @@ class SchedulerLink:
     Attributes:
         address: See above.
         dialer: See above.
-        why_down: Reason for which no requests go there, while none do.
-        drop_when_down: No name stands for the address any more.
+        why_down: Reason why no requests can be sent, while that is so.
+        drop_when_down: True if no listed name resolves to the address any more.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class SchedulerLink:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Connect, and stay connected."""
+        """Connect, and reconnect whenever the link breaks."""
         self._task = asyncio.create_task(self._client.run(), name=f"scheduler {self.address}")
 
     async def stop(self) -> None:
@@ -124,7 +123,7 @@ class SchedulerLink:
 
     @property
     def is_up(self) -> bool:
-        """True if the link stands."""
+        """True while the link is connected."""
         return self._welcome is not None
 
     @property
@@ -139,7 +138,7 @@ class SchedulerLink:
 
     @property
     def num_handles(self) -> int:
-        """Requests whose Finish has not come."""
+        """Number of requests whose Finish has not arrived."""
         return len(self._handles)
 
     def submit(self, submit: link_pb2.Submit, receiver: TokenReceiver) -> int:
@@ -149,16 +148,16 @@ class SchedulerLink:
         return submit.handle
 
     def stop_sample(self, handle: int, index: int) -> None:
-        """A stop string ended a sample."""
+        """Ask the scheduler to end a sample in which a stop string was found."""
         self._client.abort(handle, link_pb2.ABORT_REASON_STOP, index)
 
     def release(self, handle: int, reason: link_pb2.AbortReason) -> None:
-        """Nobody wants more of a request, which still runs: abort it."""
+        """Abort a running request whose results are no longer wanted."""
         self._handles.release(handle)
         self._client.abort(handle, reason)
 
     def stop_submitting(self, why: str) -> None:
-        """The scheduler takes no new requests, until the link comes up again."""
+        """Stop sending new requests to the scheduler until the link comes up again."""
         if not self._is_draining:
             self._is_draining = True
             self.why_down = StatusError.unavailable(f"{self.address} {why}")
@@ -167,7 +166,7 @@ class SchedulerLink:
     # LinkHandler
 
     def on_up(self, welcome: link_pb2.Welcome) -> None:
-        """The scheduler welcomed us."""
+        """Take over the scheduler's Welcome: the link is up."""
         if not welcome.model:
             raise StatusError.unavailable("the scheduler has no executor yet")
         if self._model not in ("", welcome.model):  # it is of a version that has one model
@@ -179,7 +178,7 @@ class SchedulerLink:
         asyncio.get_running_loop().call_soon(self._owner.link_changed, self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
-        """Distribute a frame."""
+        """Distribute a frame's results to the receivers."""
         now = self._clock()
         get = self._handles.get
         for entry in step.logprobs:
@@ -199,7 +198,7 @@ class SchedulerLink:
         for sample_finish in step.finished_samples:
             if (receiver := get(sample_finish.handle)) is not None:
                 receiver.on_sample_finish(sample_finish)
-        # Before the ends are handled: a request that is given back goes to another scheduler.
+        # Before the Finishes are handled, because a request that was given back moves to another scheduler.
         if step.load.draining:
             self.stop_submitting("is shutting down")
         for finish in step.finished:
@@ -207,7 +206,7 @@ class SchedulerLink:
                 self._owner.request_finished(self, receiver, finish, now)
 
     def on_down(self, error: StatusError) -> None:
-        """All requests on the link have to go elsewhere."""
+        """Handle the loss of the link: report its requests to the owner, which moves them."""
         if error.code is grpc.StatusCode.FAILED_PRECONDITION and error.message != self.why_down.message:
             _log.error("scheduler %s refuses this service: %s", self.address, error.message)
         self._welcome = None

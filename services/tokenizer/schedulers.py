@@ -1,4 +1,4 @@
-"""The schedulers of a worker: who takes which request, and what happens when one is lost."""
+"""The schedulers of a worker: the choice of one for each request, and the failover when one is lost."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ _log = logging.getLogger(__name__)
 _RETRY_AFTER = 1.0
 
 _MOST_LOSSES = 5
-"""Schedulers that may be lost one after the other under a request, without a token from any of them, before it ends as
-their likely cause."""
+"""Number of schedulers lost in a row under a request, without a new token, with which it ends as their likely cause."""
 
 
 class Schedulers:
-    """A link to each scheduler, and the requests that run on them. A LinkOwner and a SchedulerSet.
+    """A link to each scheduler, and the requests that run on them. Implements LinkOwner and SchedulerSet.
 
-    A request whose scheduler is lost, or gives it back, goes on with another one, or with the same one when that is
-    back: its receiver shows nothing of it but a pause.
+    A request whose scheduler is lost, or gives it back, goes on with another one, or with the same one once that is
+    back. Its receiver notices only a pause.
 
     Args:
         names: host:port of each; a name with several addresses stands for all of them.
@@ -42,14 +41,14 @@ class Schedulers:
         silence_limit: Seconds without a frame, while requests run, after which a scheduler counts as dead.
         outage_limit: Seconds for which a request that lost its scheduler waits for one.
         resolve_interval: Seconds between look-ups of names.
-        dialer: Dialer of the connections. Where it asks for no name in certificates, that is the host as it was listed.
+        dialer: Dialer of the connections. If it expects no name in certificates, the listed host is expected.
         clock: Monotonic nanoseconds.
-        model: The model that is asked for; empty: the one that the schedulers have.
-        service: Name of this service for people, the same for all its workers.
+        model: The requested model; empty: the one that the schedulers have.
+        service: Display name of this service, the same for all its workers.
 
     Attributes:
         counts: Counts over all links.
-        num_resubmitted: Number of requests that were sent again, by the loss of their scheduler.
+        num_resubmitted: Number of requests that were sent again, by the reason.
         num_sent: Number of requests sent to each scheduler that is or was there, by its address.
     """
 
@@ -97,43 +96,43 @@ class Schedulers:
 
     @property
     def service(self) -> str:
-        """Name of this service for people, as the schedulers know it."""
+        """Display name of this service, which the schedulers get."""
         return self._hello.service
 
     @property
     def welcome(self) -> link_pb2.Welcome | None:
-        """The Welcome with the tightest limits, which each scheduler can keep. None while none takes requests."""
+        """The Welcome with the tightest limits, which all schedulers support. None while none takes requests."""
         welcomes = [link.welcome for link in self._links.values() if link.welcome is not None]
         return min(welcomes, key=lambda welcome: welcome.max_model_len, default=None)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model knows, by the last welcome; 0 before the first."""
+        """Size of the model's vocabulary, by the last Welcome; 0 before the first."""
         return self._vocab_size
 
     @property
     def num_up(self) -> int:
-        """Schedulers that take requests."""
+        """Number of schedulers that take requests."""
         return len(self._takers())
 
     @property
     def num_handles(self) -> int:
-        """Requests whose Finish has not come, over all links."""
+        """Number of requests whose Finish has not arrived, over all links."""
         return sum(link.num_handles for link in self._links.values())
 
     @property
     def num_running(self) -> dict[str, int]:
-        """Requests whose Finish has not come, by the address of each scheduler that is or was there."""
+        """Number of requests whose Finish has not arrived, by the address of each scheduler since start."""
         there = {address: link.num_handles for address, link in self._links.items()}
         return dict.fromkeys(self.num_sent, 0) | there
 
     @property
     def num_waiting(self) -> int:
-        """Requests that lost their scheduler and wait for one."""
+        """Number of requests that lost their scheduler and wait for one."""
         return len(self._waiting)
 
     async def wait_up(self, limit: float) -> link_pb2.Welcome:
-        """Return the welcome, waiting up to `limit` seconds for one. Raises StatusError."""
+        """Return the Welcome, waiting up to `limit` seconds for one. Raises StatusError if there is none by then."""
         if (welcome := self.welcome) is not None:
             return welcome
         try:
@@ -142,7 +141,7 @@ class Schedulers:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            self._hello.unserved += 1  # told with the next attempt to connect
+            self._hello.unserved += 1  # reported with the next attempt to connect
             raise self._make_outage() from None
         return welcome
 
@@ -154,7 +153,8 @@ class Schedulers:
     # Calls of requests.
 
     def check_room(self, tenant: bytes) -> None:
-        """Raise RESOURCE_EXHAUSTED for a new request that every scheduler would refuse, as each has said a moment ago.
+        """Raise StatusError RESOURCE_EXHAUSTED for a new request that every scheduler would refuse, by its last
+        refusal.
 
         Args:
             tenant: As in its Submit.
@@ -162,9 +162,9 @@ class Schedulers:
         self._full.check_room(tenant, [link.address for link in self._takers()], self._clock())
 
     def submit(self, submit: link_pb2.Submit, *, min_tokens: int = 1) -> TokenReceiver:
-        """Send a request, which is owned and changed from here on. `release` must follow.
+        """Send a request, and take ownership of the Submit, which is changed. `release` must follow.
 
-        Raises StatusError when no scheduler takes it.
+        Raises StatusError if no scheduler takes it.
         """
         links = self._takers()
         if not links:
@@ -182,14 +182,14 @@ class Schedulers:
         return request.receiver
 
     def stop_sample(self, receiver: TokenReceiver, index: int) -> None:
-        """A stop string ended a sample."""
+        """End a sample in which a stop string was found."""
         request = self._requests[receiver]
         request.stop_sample(index)
         if request in self._waiting and receiver.progress.all_ended:
             self._place(request)
 
     def release(self, receiver: TokenReceiver, reason: link_pb2.AbortReason) -> None:
-        """Nobody takes from the receiver any more; if the request still runs it is aborted for `reason`."""
+        """Release a request whose results are no longer read. If it still runs it is aborted for `reason`."""
         request = self._requests.pop(receiver, None)
         if request is not None:
             self._waiting.pop(request, None)
@@ -198,14 +198,14 @@ class Schedulers:
             request.release(reason)
 
     def end_all(self, why: str) -> None:
-        """End every running request with UNAVAILABLE: this worker stops."""
+        """End every running request with UNAVAILABLE, because this worker stops."""
         for receiver in self._requests:
             receiver.fail(StatusError.unavailable(why, _RETRY_AFTER))
 
     # SchedulerSet
 
     def add(self, address: str, host: str) -> None:
-        """A scheduler is there. Idempotent."""
+        """Connect to the scheduler at an address. Idempotent."""
         link = self._links.get(address)
         if link is None:
             dialer = self._dialer
@@ -225,7 +225,7 @@ class Schedulers:
         link.drop_when_down = False
 
     def drop_when_down(self, address: str) -> None:
-        """A scheduler's name stands for it no more: it is forgotten once its link is down."""
+        """Forget a scheduler once its link is down, since its name no longer resolves to its address."""
         link = self._links[address]
         link.drop_when_down = True
         if not link.is_up:
@@ -233,7 +233,7 @@ class Schedulers:
 
     def _discard(self, link: SchedulerLink) -> None:
         del self._links[link.address]
-        # Not awaited: this may run inside the very task that is to be stopped.
+        # Not awaited, because this may run inside the link's own task, which stop() ends.
         closing = asyncio.create_task(link.stop())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
@@ -241,7 +241,7 @@ class Schedulers:
     # LinkOwner
 
     def link_changed(self, link: SchedulerLink) -> None:
-        """A scheduler takes requests now, or none any more."""
+        """Send the waiting requests if a scheduler takes requests now."""
         if (welcome := link.welcome) is not None:
             self._vocab_size = welcome.vocab_size
             self._changed.set()
@@ -249,7 +249,7 @@ class Schedulers:
                 self._place(request)
 
     def request_finished(self, link: SchedulerLink, receiver: TokenReceiver, finish: link_pb2.Finish, now: int) -> None:
-        """A scheduler ended a request, or gave it back."""
+        """Handle a request that a scheduler ended or gave back."""
         request = self._requests[receiver]
         if finish.moved:
             link.stop_submitting("gives requests back")
@@ -260,7 +260,7 @@ class Schedulers:
             request.finish(finish, now)
 
     def link_lost(self, link: SchedulerLink, receivers: list[TokenReceiver], error: StatusError) -> None:
-        """A link broke, or could not be made: its requests go on elsewhere."""
+        """Move the requests of a link that broke or could not be made."""
         self._full.forget(link.address)
         if link.drop_when_down and link.address in self._links:
             self._discard(link)
@@ -270,7 +270,7 @@ class Schedulers:
             request = self._requests[receiver]
             request.lose_link(error, Move.LOST)
             request.count_loss()
-            if receiver.is_over:  # it has failed, and is not released yet
+            if receiver.is_over:  # it failed before, and has not been released yet
                 continue
             if request.losses < _MOST_LOSSES:
                 self._wait(request)
@@ -279,16 +279,17 @@ class Schedulers:
                     f"{request.losses} schedulers in a row were lost with this request, the last one: {error.message}"
                 )
                 receiver.fail(StatusError(grpc.StatusCode.INTERNAL, message))
-        if error.code is grpc.StatusCode.FAILED_PRECONDITION:  # it may have been the last one to wait for
+        # no scheduler may be left that waiting requests can wait for
+        if error.code is grpc.StatusCode.FAILED_PRECONDITION:
             for request in tuple(self._waiting):
                 self._place(request)
 
     # The way of a request that moves.
 
     def _wait(self, request: RunningRequest) -> None:
-        """A request waits for a scheduler, be it for no time."""
+        """Let a request wait for a scheduler, and send it at once if one takes it."""
         left = request.seconds_left(self._clock())
-        # The reason is decided here: uvloop's timers may fire a moment early, when a clock would still show time left.
+        # Decided now and not when the timer fires, because uvloop's timers may fire slightly before the deadline.
         ends_at_deadline = left <= self._outage_limit
         limit = min(self._outage_limit, left)
         request.timer = asyncio.get_running_loop().call_later(limit, self._give_up, request, ends_at_deadline)
@@ -296,7 +297,7 @@ class Schedulers:
         self._place(request)
 
     def _place(self, request: RunningRequest) -> None:
-        """Send a request that waits to a scheduler, or end it, where either can be."""
+        """Send a waiting request to a scheduler, or end it; if neither is possible, it waits on."""
         now = self._clock()
         takers = (link for link in self._takers() if request.can_go_to(link))
         links = [link for link in takers if link.identity == request.identity]
@@ -315,7 +316,7 @@ class Schedulers:
         request.stop_waiting()
 
     def _give_up(self, request: RunningRequest, ends_at_deadline: bool) -> None:
-        """A request has waited for as long as it may."""
+        """End a request that has waited for the longest time."""
         del self._waiting[request]
         if ends_at_deadline:
             message = "the deadline passed while no scheduler could be reached"
@@ -325,11 +326,13 @@ class Schedulers:
             request.receiver.fail(StatusError.unavailable(f"{waited}: {request.why_lost.message}", _RETRY_AFTER))
 
     def _takers(self) -> list[SchedulerLink]:
-        """Links over which requests can be sent now."""
+        """Return the links over which requests can be sent now."""
         return [link for link in self._links.values() if link.welcome is not None]
 
     def _refuse(self, request: RunningRequest) -> StatusError | None:
-        """The end of a request with whose model no scheduler goes on; None while one may come that does."""
+        """Return the error of a waiting request if every scheduler serves another model; None while one may still serve
+        its.
+        """
         assert request.identity is not None
         reasons = []
         for link in self._links.values():

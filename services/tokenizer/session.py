@@ -47,10 +47,10 @@ class Session:
         turns: The borders of the turns in both.
         created: Time at which its first turn was stored, seconds since the epoch.
         updated: Time at which its last turn was stored.
-        version: Changes with every stored turn and is never used twice, so that a session that was deleted and begun
-            anew is told from the old one. Empty = not stored yet.
-        document: Data that the API of its last turn keeps beside it; another turn drops it.
-        model: Name of the model of its last turn, whose tokens the segments hold where there are any; empty: not noted.
+        version: Changes with every stored turn and is never used twice, so that a session that was deleted and created
+            again differs from the old one. Empty = not stored yet.
+        document: Data that the API of its last turn stores with it. The next turn drops it.
+        model: Name of the model of its last turn, whose token ids the segments have; empty: not known.
     """
 
     messages: tuple[Message, ...]
@@ -64,17 +64,24 @@ class Session:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far: what the next turn starts from."""
+        """Number of tokens so far, which the next turn begins with."""
         return sum(len(segment.token_ids) for segment in self.segments)
 
     def add_turn(
         self, new_messages: Sequence[Message], continuation: Continuation, written: Segment, answer: Message
     ) -> Session:
-        """Return the session with one more turn: what was said, what the model read, what it wrote, what that says."""
+        """Return the session with one more turn.
+
+        Args:
+            new_messages: The messages of the question.
+            continuation: The text and tokens that the model has read.
+            written: The text and tokens that the model has written.
+            answer: The message of the answer.
+        """
         kept = len(continuation.kept)
         segments = (*continuation.segments, *([written] if written.token_ids else []))
         messages = (*self.messages, *new_messages, answer)
-        # Where the template rewrote the past, earlier turns have no segments of their own any more.
+        # If the template rewrote the past, earlier turns have no segments of their own any more.
         turns = [Turn(turn.num_messages, min(turn.num_segments, kept)) for turn in self.turns]
         turns.append(Turn(len(messages), len(segments)))
         return Session(messages, segments, tuple(turns), self.created, time.time(), self.version)
@@ -94,7 +101,7 @@ class Session:
 
 
 def new_session() -> Session:
-    """Return a conversation in which nothing was said."""
+    """Return an empty conversation."""
     now = time.time()
     return Session((), (), (), now, now)
 
@@ -156,7 +163,7 @@ def decode_session(fields: Mapping[bytes, bytes]) -> Session:
 
 
 def decode_info(session_id: str, values: Sequence[bytes | None], ttl_ms: int) -> SessionInfo | None:
-    """Return what INFO_FIELDS say, or None when they are not those of a live session."""
+    """Decode the values of INFO_FIELDS; None if they are not those of a live session."""
     _, num_turns, num_tokens, created, updated, model = values
     if num_turns is None or num_tokens is None or created is None or updated is None:
         return None

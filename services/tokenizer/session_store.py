@@ -1,6 +1,6 @@
 """Sessions in Redis: one round trip to load, one to save, and a bounded wait when Redis does not answer.
 
-Keys begin with the tenant: no tenant reaches, lists or counts what is another's.
+Keys begin with the tenant, so that no tenant can read, list or count another's sessions.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class SessionStore:
     Every method raises StatusError UNAVAILABLE within about a second when Redis does not answer.
 
     Args:
-        redis: The Redis that holds them; None: the service was started without, and every method says so.
+        redis: The Redis that holds them; None: the service has none, and every method raises StatusError.
         ttl: Seconds after its last turn for which a session is kept.
         timeout: Longest wait for Redis, in seconds.
         tenant: The tenant.
-        max_bytes: Most bytes of the sessions of a tenant whose limits do not say.
-        refused: Called with the name of a limit that something was refused for.
+        max_bytes: Most bytes of the sessions of a tenant without a limit of its own.
+        refused: Called with the name of the limit for which a session was refused.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class SessionStore:
 
     @property
     def num_failures(self) -> int:
-        """Operations of all tenants that Redis did not do."""
+        """Number of failed Redis operations, of all tenants."""
         return self._failures.count
 
     def _select(self, tenant: Tenant) -> None:
-        # The part in braces decides on the slot in a cluster.
+        # In a Redis cluster, the part in braces decides the slot.
         self._keys = f"{KEY_PREFIX}session:{{{tenant.name}}}:"
         self._index = f"{KEY_PREFIX}sessions:{{{tenant.name}}}"
         self._sizes = f"{KEY_PREFIX}session-bytes:{{{tenant.name}}}"
@@ -117,13 +117,13 @@ class SessionStore:
         self._max_bytes = tenant.limits.session_bytes or self._default_bytes
 
     def of(self, tenant: Tenant) -> SessionStore:
-        """The sessions of another tenant, on the same connections."""
+        """Return the sessions of another tenant, on the same connections."""
         other = copy.copy(self)
         other._select(tenant)
         return other
 
     async def load(self, session_id: str) -> Session | None:
-        """Return a session, or None when there is none (any more)."""
+        """Return a session, or None if it does not exist or has expired."""
         found = await self.load_with_expiry(session_id)
         return found[0] if found is not None else None
 
@@ -145,13 +145,13 @@ class SessionStore:
             raise StatusError.unavailable(f"session {session_id!r} cannot be read; delete it") from None
 
     async def model_of(self, session_id: str) -> str:
-        """Return the model of a session; empty where there is none, or none was noted."""
+        """Return the model of a session; empty if there is no session, or its model is not known."""
         async with self._reach() as redis:
             model: bytes | None = await redis.hget(self._keys + session_id, MODEL_FIELD)
         return (model or b"").decode(errors="replace")
 
     async def check_room(self) -> None:
-        """Raise StatusError RESOURCE_EXHAUSTED where no turn can be stored, before work is done for one."""
+        """Raise StatusError RESOURCE_EXHAUSTED if the tenant's limit is reached, before work is done for a turn."""
         async with self._reach() as redis:
             used = int(await redis.hget(self._sizes, "") or 0)
             if used >= self._max_bytes:
@@ -172,9 +172,10 @@ class SessionStore:
         """Store a turn, if the stored session is still the one that `session` continues. Never raises StatusError.
 
         Args:
-            session_id: Names it.
-            session: As it is with the turn.
-            version: That it has then; empty = a new one. What is stored under it already is left as it is.
+            session_id: Id of the session.
+            session: The session with the new turn.
+            version: Version of the stored session; empty = a new one. If this version is stored already, nothing
+                changes.
         """
         try:
             return await self._compare_and_set(session_id, session, version)
@@ -198,15 +199,15 @@ class SessionStore:
             return bool(await redis.eval(session_script.DELETE, 3, *keys, session_id))
 
     async def list(self, page_size: int, page_token: str) -> tuple[list[SessionInfo], str]:
-        """Return a page of sessions, those that expire first first, and the token of the next page, empty on the last.
+        """Return a page of sessions in the order of their expiry, and the token of the next page, empty on the last.
 
-        A session that gets another turn meanwhile moves to the end. A page is short where sessions have just ended.
+        A session that gets another turn meanwhile moves to the end. A page is short if sessions have just expired.
         """
         last_expiry, last_id = _parse_token(page_token)
         found: list[tuple[int, str]] = []
         offset = 0
         async with self._reach() as redis:
-            # Sessions of one millisecond are told apart by their names, as Redis itself sorts them.
+            # Sessions that expire in the same millisecond are ordered by their names, as Redis sorts them.
             while len(found) <= page_size:
                 rows: list[tuple[bytes, float]] = await redis.zrangebyscore(
                     self._index, last_expiry, "+inf", start=offset, num=page_size + 1, withscores=True
@@ -253,7 +254,7 @@ class SessionStore:
         except REDIS_ERRORS as error:
             self._failures.count += 1
             fault = RedisFault.of(error)
-            # An answer that is an error (read-only replica, out of memory, wrong type) is for the operator to read.
+            # An error answer (read-only replica, out of memory, wrong type) is logged for the operator.
             if fault.answers and self._log_limit.admit() is not None:
                 _log.error("%s: sessions cannot be used", fault.explain(error))
             cause = f"does not answer within {self._timeout:g} s" if fault is RedisFault.SLOW else fault.cause

@@ -17,7 +17,7 @@ from scalellm.services.tokenizer.validation import validate_id
 DEFAULT_PAGE_SIZE = 100
 
 _PAGE_BYTES = MAX_ANSWER_BYTES - 2**16
-"""Most bytes of the messages of a page: an answer has room for what stands beside them."""
+"""Most bytes of the messages of a page, which leaves room for the other fields of the answer."""
 
 _MESSAGE_BYTES = 32
 """Most bytes of the tag and the length around a message."""
@@ -28,10 +28,10 @@ def message_page(session: Session, page_token: str, page_size: int) -> tuple[tup
 
     Args:
         session: Session with the messages.
-        page_token: Begin of the page; empty: the first message.
-        page_size: Most messages of the page. It has fewer where these would not fit into an answer.
+        page_token: Token of the page; empty: the first page.
+        page_size: Most messages of the page. It has fewer if these would not fit into an answer.
 
-    Raises StatusError INVALID_ARGUMENT for a token of no page of this session.
+    Raises StatusError INVALID_ARGUMENT for a token that is not of this session.
     """
     start = end = _first_of_page(page_token, session)
     room = _PAGE_BYTES
@@ -81,10 +81,10 @@ def _raise_unknown(session_id: str) -> NoReturn:
 
 
 def _first_of_page(token: str, session: Session) -> int:
-    """Number of the message with which a page begins. Raises StatusError INVALID_ARGUMENT."""
+    """Return the index of the first message of a page. Raises StatusError INVALID_ARGUMENT."""
     if not token:
         return 0
     created, start = read_page_token(token)
     if type(start) is not int or not 0 <= start <= len(session.messages) or created != session.created:
-        raise bad_page_token()  # or of a session that was deleted and begun anew
+        raise bad_page_token()  # a malformed token, or one of a session that was deleted and created again
     return start

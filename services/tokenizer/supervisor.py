@@ -1,4 +1,4 @@
-"""The parent process: starts the workers, starts a crashed one again, and ends them all."""
+"""The parent process: starts the workers, restarts crashed ones, and stops them all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _log = logging.getLogger(__name__)
 
 _CRASH_WINDOW = 60.0
 _KILL_MARGIN = 5.0
-"""Seconds beyond the drain limit that a worker gets to end by itself."""
+"""Seconds beyond the drain limit after which a worker that has not ended is killed."""
 
 
 class Supervisor:
     """Keeps the workers running.
 
     Args:
-        settings: The service's.
+        settings: Settings of the service.
         port: The port that is reserved for the workers.
-        http_port: The same for HTTP; None: they do not serve it.
-        metrics_folder: Folder of the workers' metrics; None = nowhere.
+        http_port: The port that is reserved for HTTP; None: HTTP is not served.
+        metrics_folder: Folder of the workers' metrics; None = there are no metrics.
         on_crash: Called with the pid of each worker that crashed.
     """
 
@@ -43,10 +43,10 @@ class Supervisor:
         self._ports = {"port": port, "http_port": http_port}
         self._on_crash = on_crash
         self._environment = child_environment(os.environ, EXPORT)
-        # The workers are the parallelism; a tokenizer that starts threads of its own would fight its neighbours.
+        # The workers provide the parallelism. Threads of the tokenizers library would compete with other workers.
         self._environment.setdefault("TOKENIZERS_PARALLELISM", "false")
         if metrics_folder is not None:
-            # prometheus_client takes it from the environment, at import.
+            # prometheus_client reads the variable at import.
             self._environment["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder)
         self._processes: dict[int, ChildProcess] = {}
         self._serving: set[int] = set()
@@ -54,7 +54,7 @@ class Supervisor:
 
     @property
     def worker_pids(self) -> dict[str, int]:
-        """The workers that run, by name."""
+        """Process ids of the running workers, by name."""
         return {f"worker-{index}": process.pid for index, process in self._processes.items()}
 
     async def run(self, on_ready: Callable[[], None]) -> None:
@@ -75,7 +75,7 @@ class Supervisor:
             await self._kill_all()
 
     async def stop(self) -> None:
-        """Let the workers drain and end; kill what is not gone in time. `run` returns after that."""
+        """Let the workers drain and end, and kill those that take too long. Then `run` returns."""
         self._stop.set()
         limit = self._settings.drain_limit_s + _KILL_MARGIN
         ended = await asyncio.gather(*(process.end(limit) for process in self._processes.values()))
@@ -108,7 +108,7 @@ class Supervisor:
             await asyncio.sleep(delay)
 
     async def _start(self) -> ChildProcess:
-        # Ctrl-C goes to the whole process group of a terminal; here the parent tells the workers.
+        # Ctrl-C in a terminal signals the whole process group, but the parent alone stops the workers.
         return await ChildProcess.start(
             python_module("scalellm.services.tokenizer.worker"), self._environment, own_session=True
         )

@@ -9,13 +9,13 @@ from scalellm.services.tokenizer.json_object import JsonObject, parse_object
 
 _FIELD = "chat.template_kwargs"
 _MAX_DEPTH = 16
-"""Objects and lists inside of each other, the object itself included."""
+"""Most levels of nested objects and lists, the outermost object included."""
 
 _TAKEN = (
     *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
     "chat_template",
 )
-"""Variables that the server itself sets, and those that transformers' function of the same name takes for its own."""
+"""Reserved variables: those that the server sets, and parameters of transformers' apply_chat_template."""
 
 
 def read_template_kwargs(text: str) -> JsonObject:
@@ -36,8 +36,12 @@ def read_template_kwargs(text: str) -> JsonObject:
 
 
 def with_effort(kwargs: JsonObject, effort: str) -> JsonObject:
-    """Return the variables with those that say how much the model reasons, unless they are given. See
-    ReasoningOptions.effort; empty: not said."""
+    """Return the variables, with those for the reasoning effort added unless they are given.
+
+    Args:
+        kwargs: The request's variables.
+        effort: See ReasoningOptions.effort; empty: not set.
+    """
     if not effort:
         return kwargs
     off: JsonObject = {"enable_thinking": False, "thinking": False} if effort == "none" else {}

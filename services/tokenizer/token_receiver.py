@@ -1,7 +1,7 @@
-"""One request's inbox: filled by the link, emptied by the task that writes to the client.
+"""The inbox of one request, which the link fills, and the task that writes to the client empties.
 
-While the client is slow, what comes is added to what waits, so an inbox holds at most the request's own tokens and the
-next message carries them all.
+If the client is slow, new tokens are added to the waiting ones, so an inbox holds at most the request's tokens, and the
+next message contains them all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scalellm.v1 import common_pb2, link_pb2
 
 @dataclass(slots=True)
 class TokenBatch:
-    """Consecutive tokens of one sample, and its end once that came with or after them.
+    """Consecutive tokens of one sample, and its end if that came with or after them.
 
     Attributes:
         index: The sample.
@@ -37,7 +37,7 @@ class TokenBatch:
     def parts(self, most: int = MAX_ANSWER_TOKENS) -> list[TokenBatch]:
         """Return the same as batches of at most `most` tokens, by default what one message can hold.
 
-        The end is told by the last.
+        The last one has the end.
         """
         count = len(self.token_ids)
         parts = []
@@ -51,13 +51,13 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class Resubmission:
-    """A request was sent once more, as its scheduler was lost or gave it back.
+    """Record of a request that was sent again because its scheduler was lost or gave it back.
 
     Attributes:
         at: Time, in monotonic nanoseconds.
         address: host:port of the scheduler that it was sent to.
         attempt: Number of this attempt, as executors know it.
-        reason: The loss of the scheduler before.
+        reason: Error of the previous scheduler.
     """
 
     at: int
@@ -67,7 +67,7 @@ class Resubmission:
 
 
 class _Inbox:
-    """The tokens of one sample that nobody has taken yet."""
+    """The tokens of one sample that were not taken yet."""
 
     __slots__ = ("finish", "logprobs", "num_taken", "tokens")
 
@@ -79,17 +79,17 @@ class _Inbox:
 
 
 class TokenReceiver:
-    """The results of one request that the links delivered and nobody has taken yet.
+    """The results of one request that its links delivered and that were not taken yet.
 
     Args:
         num_samples: Samples of the request.
         logprobs: True if each token must come with its log-probability.
         num_prompt_logprobs: Tokens of the prompt whose log-probabilities must come before the first token.
-        min_tokens: Tokens of a sample to wait for before the taker is woken, beside the first and the last ones.
+        min_tokens: Tokens of a sample to wait for before the taker is woken, except for the first and the last ones.
 
     Attributes:
-        progress: All that came, taken or not.
-        resubmissions: Each time that it was sent again, in order.
+        progress: All received tokens and ends, taken or not.
+        resubmissions: Each resubmission, in order.
     """
 
     def __init__(
@@ -108,8 +108,9 @@ class TokenReceiver:
         self._inboxes = [_Inbox(tokens) for tokens in self.progress.tokens]
         self._dirty: dict[int, None] = {}
         self._prompt = common_pb2.TokenLogprobs()
-        """Log-probabilities of the prompt that nobody has taken."""
-        # A flag and a future: an asyncio.Event, made for many waiters, costs three times as much per message.
+        """Log-probabilities of the prompt that were not taken yet."""
+        # A flag and a future, because an asyncio.Event, which supports many waiters, costs three times as much per
+        # message.
         self._awake = False
         self._waiter: asyncio.Future[None] | None = None
         self.first_token_at = 0
@@ -123,7 +124,7 @@ class TokenReceiver:
         return self.finish is not None or self._error is not None
 
     def start_at(self, samples: Iterable[link_pb2.ResumedSample]) -> None:
-        """Begin with what came before there was this receiver; it counts as taken."""
+        """Start after the given samples' tokens, which count as taken."""
         self.progress.start_at(samples)
         for inbox in self._inboxes:
             inbox.num_taken = len(inbox.tokens)
@@ -131,12 +132,12 @@ class TokenReceiver:
     # Called by the link.
 
     def on_tokens(self, index: int, offset: int, token_ids: list[int], now: int) -> None:
-        """New tokens of a sample; `now` in nanoseconds of the monotonic clock."""
+        """Add new tokens of a sample; `now` in nanoseconds of the monotonic clock."""
         inboxes = self._inboxes
         if index < len(inboxes) and len(tokens := inboxes[index].tokens) == offset:
             tokens += token_ids
         else:
-            # A replay after a failover may begin with what is known already.
+            # A replay after a failover may begin with tokens that were received before.
             try:
                 token_ids = self.progress.add_tokens(index, offset, token_ids)
             except ProgressError as error:
@@ -154,7 +155,7 @@ class TokenReceiver:
             self.wake()
 
     def on_logprobs(self, entry: link_pb2.LinkLogprobs) -> None:
-        """Log-probabilities of new tokens; they come with the tokens or before them. The entry is changed."""
+        """Add log-probabilities of new tokens, which come with the tokens or before them. The entry is changed."""
         try:
             is_new = self.progress.add_logprobs(entry)
         except ProgressError as error:
@@ -167,7 +168,7 @@ class TokenReceiver:
             self._append(inbox.logprobs, entry.values)
 
     def on_prompt_logprobs(self, entry: link_pb2.LinkLogprobs) -> None:
-        """Log-probabilities of a part of the prompt. The entry is changed."""
+        """Add log-probabilities of a part of the prompt. The entry is changed."""
         try:
             is_new = self.progress.add_prompt_logprobs(entry)
         except ProgressError as error:
@@ -179,32 +180,34 @@ class TokenReceiver:
                 self.wake()
 
     def on_sample_finish(self, finish: link_pb2.LinkSampleFinish) -> None:
-        """A sample ended."""
+        """Record the end of a sample."""
         try:
             self.progress.end_sample(finish.index, finish.reason)
         except ProgressError as error:
             self._fail_for(error)
             return
-        # Stored also if a stop text ended the sample here before: the taker then ignores it.
+        # Stored even if a stop text has ended the sample here before. The taker then ignores it.
         self._inboxes[finish.index].finish = finish
         self._dirty[finish.index] = None
         self.wake()
 
     def on_finish(self, finish: link_pb2.Finish, now: int) -> None:
-        """The request ended; `now` in nanoseconds of the monotonic clock."""
+        """Record the end of the request; `now` in nanoseconds of the monotonic clock."""
         self.finish = finish
         self.finished_at = now
         self.wake()
 
     def fail(self, error: StatusError) -> None:
-        """The request is lost."""
+        """End the request with an error, because it is lost."""
         self._error = self._error or error
         self.wake()
 
     # Called by the task that takes the tokens.
 
     async def wait(self) -> None:
-        """Wait until there is something to take. For one waiter. Raises StatusError when the request is lost."""
+        """Wait until there is something to take, for one waiter at a time. Raises StatusError if the request
+        is lost.
+        """
         if not self._awake:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -227,7 +230,9 @@ class TokenReceiver:
         return bool(self._dirty)
 
     def take(self) -> list[TokenBatch]:
-        """Return what waits and is due, samples in the order in which they came. Raises StatusError."""
+        """Take the due batches, samples in the order in which their tokens came. Raises StatusError if results are
+        missing.
+        """
         batches = []
         progress = self.progress
         for index in list(self._dirty):
@@ -252,10 +257,10 @@ class TokenReceiver:
         return batches
 
     def take_prompt_logprobs(self) -> list[tuple[int, common_pb2.TokenLogprobs]]:
-        """Return what waits of the prompt's log-probabilities, as parts that one message each can hold.
+        """Take the waiting log-probabilities of the prompt, as parts that each fit into one message.
 
-        Each comes with the number of tokens before it. All have as many tokens but the last, wherever the executor
-        divided them. To be called before `take`, until there are none.
+        Each part comes with the number of tokens before it. All parts but the last have the same number of tokens, so
+        they do not depend on how the executor divided them. Must be called before `take`, until there are none.
         """
         count = len(self._prompt.logprobs)
         num_known = self.progress.num_prompt_logprobs

@@ -1,4 +1,4 @@
-"""`scalellm.v1.Tokenizer`: text to tokens and back, without generating."""
+"""`scalellm.v1.Tokenizer`: encoding and decoding of text, without generating."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class TokenizerServicer:
     async def Encode(
         self, request: tokenizer_pb2.EncodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.EncodeResponse:
-        """Text to token ids."""
+        """Encode text to token ids."""
         return await self._tokenizing(request.model).encode(request, self._caller())
 
     async def Decode(
         self, request: tokenizer_pb2.DecodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.DecodeResponse:
-        """Token ids to text."""
+        """Decode token ids to text."""
         return await self._tokenizing(request.model).decode(request, self._caller())
 
     async def ApplyChatTemplate(
         self, request: tokenizer_pb2.ApplyChatTemplateRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.ApplyChatTemplateResponse:
-        """Messages to the text and the tokens that Generate would use."""
+        """Render messages to the text and the tokens that Generate would use."""
         return await self._tokenizing(request.model).apply_chat_template(request, self._caller())
 
     async def GetInfo(
         self, request: tokenizer_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.GetInfoResponse:
-        """Return the model that is served, and the limits in force."""
+        """Return the served model and the limits in force."""
         return self._tokenizing(request.model).info()
 
     def _tokenizing(self, model: str) -> Tokenizing:

@@ -1,4 +1,4 @@
-"""Text to tokens and back, without generating: the same for every protocol."""
+"""Encoding and decoding of text, without generating, for all protocols."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from scalellm.v1 import tokenizer_pb2
 
 
 class Tokenizing:
-    """Does what the calls of scalellm.v1.Tokenizer say. Raises StatusError for every outcome but an answer.
+    """Implements the calls of scalellm.v1.Tokenizer. Raises StatusError for every outcome but an answer.
 
-    `caller` is whose turn a long text takes: a tenant's name.
+    `caller` is the name of the tenant whose turn a long text takes.
 
     Args:
         edge: The worker.
@@ -23,7 +23,7 @@ class Tokenizing:
         self._prompts = edge.prompts
 
     async def encode(self, request: tokenizer_pb2.EncodeRequest, caller: str) -> tokenizer_pb2.EncodeResponse:
-        """Text to token ids."""
+        """Encode text to token ids."""
         validate_encode(request, self._edge.limits)
         adds_special = not request.HasField("add_special_tokens") or request.add_special_tokens
         most = self._edge.limits.max_token_ids
@@ -35,7 +35,7 @@ class Tokenizing:
         return await self._prompts.run(caller, lambda: self._encoded(token_ids))
 
     async def decode(self, request: tokenizer_pb2.DecodeRequest, caller: str) -> tokenizer_pb2.DecodeResponse:
-        """Token ids to text."""
+        """Decode token ids to text."""
         known = max(self._edge.vocab_size, self._edge.tokenizer_size)
         validate_decode(request, self._edge.limits, known)
         skips_special = not request.HasField("skip_special_tokens") or request.skip_special_tokens
@@ -48,7 +48,7 @@ class Tokenizing:
     async def apply_chat_template(
         self, request: tokenizer_pb2.ApplyChatTemplateRequest, caller: str
     ) -> tokenizer_pb2.ApplyChatTemplateResponse:
-        """Messages to the text and the tokens that Generate would use."""
+        """Render messages to the text and the tokens that Generate would use."""
         validate_chat(request.chat, self._edge.limits)
         most = self._edge.limits.max_token_ids
         text = await self._prompts.render(request.chat, caller=caller)
@@ -56,7 +56,7 @@ class Tokenizing:
         return tokenizer_pb2.ApplyChatTemplateResponse(text=text.plain, token_ids=token_ids)
 
     def info(self) -> tokenizer_pb2.GetInfoResponse:
-        """Return the model that is served, and the limits in force."""
+        """Return the served model and the limits in force."""
         model, welcome = self._prompts.model, self._edge.schedulers.welcome
         return tokenizer_pb2.GetInfoResponse(
             model=self._edge.model_name,

@@ -1,4 +1,4 @@
-"""The functions of a request: checked, and in the forms that the grammar, the splitter and the chat template need."""
+"""The functions of a request: their validation, and the forms that grammar, splitter and chat template need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _MAX_CALL_ID_BYTES = 128
 
 
 def validate_tools(chat: generation_pb2.Chat) -> int:
-    """Check tools, calls and documents of a conversation, and return their bytes of text. Raises StatusError."""
+    """Check tools, calls and documents of a conversation. Returns the size of their text in bytes. Raises
+    StatusError.
+    """
     size = _check_tools(chat.tools) + len(chat.documents.encode())
     choice = chat.tool_choice
     if choice.mode not in generation_pb2.ToolChoiceMode.values():
@@ -82,7 +84,7 @@ def _check_message(message: generation_pb2.ChatMessage, field: str) -> int:
 
 
 def offered(chat: generation_pb2.Chat) -> Sequence[generation_pb2.Tool]:
-    """Return the tools that the model is told of."""
+    """Return the tools that are given to the model."""
     return () if chat.tool_choice.mode == generation_pb2.TOOL_CHOICE_MODE_NONE else chat.tools
 
 
@@ -112,7 +114,9 @@ def _documents(text: str) -> list[Any]:
 
 
 def calls_of(chat: generation_pb2.Chat) -> Calls | None:
-    """Return what an answer may call; None: nothing. Raises StatusError where schemas to follow are too long in all."""
+    """Return the functions that an answer may call; None: none. Raises StatusError if the schemas to enforce are too
+    long in total.
+    """
     tools = offered(chat)
     if not tools:
         return None
@@ -138,10 +142,10 @@ def calls_of(chat: generation_pb2.Chat) -> Calls | None:
 
 
 class ArgumentTexts:
-    """The arguments of functions that are strings.
+    """Returns which arguments of a function are strings.
 
     Args:
-        chat: Has the functions.
+        chat: The conversation with the functions.
     """
 
     def __init__(self, chat: generation_pb2.Chat) -> None:

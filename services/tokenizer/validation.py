@@ -1,4 +1,4 @@
-"""Checks of every public field. Pure: a request in, nothing or StatusError out.
+"""Checks of every public field, as pure functions that raise StatusError.
 
 A refusal names the field as a path from the request (`sampling.top_p`, `stop[2]`, `chat.messages[0].role`) and the
 limit. Every comparison is written so that NaN fails it.
@@ -20,7 +20,7 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLimits, vocab_size: int) -> None:
-    """Check a request as far as the request itself goes; see `fit_context` for the rest."""
+    """Check the fields of a request. Its length is checked by `fit_context`, once the prompt is known."""
     if request.HasField("request_id"):
         validate_id(request.request_id, "request_id")
     match request.WhichOneof("input"):
@@ -60,7 +60,7 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
 
 
 def validate_resume(request: generation_pb2.ResumeRequest) -> None:
-    """Check a request as far as the request itself goes."""
+    """Check the fields of a request."""
     validate_id(request.request_id, "request_id")
     if len(request.offsets) > MAX_N:
         raise StatusError.invalid("offsets", f"must have at most {MAX_N} entries, got {len(request.offsets)}")
@@ -131,7 +131,7 @@ def fit_context(request: generation_pb2.GenerateRequest, prompt_tokens: int, max
 
 
 def context_exceeded(request: generation_pb2.GenerateRequest, max_model_len: int, got: str) -> StatusError:
-    """The refusal of a prompt that leaves no room for output in a context of `max_model_len` tokens."""
+    """Return the error for a prompt that leaves no room for output in a context of `max_model_len` tokens."""
     return StatusError.invalid(
         request.WhichOneof("input") or "input",
         f"must have at most {max_model_len - 1} tokens (the model's context holds {max_model_len}, "
@@ -145,13 +145,13 @@ def check_prompt_tokens(
     vocab_size: int,
     token_text: Callable[[int], str | None],
 ) -> None:
-    """Refuse a text with a token that its tokenizer has and the model has not. Raises StatusError.
+    """Raise StatusError for a text with a token that the tokenizer has but the model's vocabulary has not.
 
     Args:
         request: The request.
         token_ids: Token ids of its text.
-        vocab_size: Ids that the model knows are below it.
-        token_text: The text of a token id.
+        vocab_size: Upper bound (exclusive) of the model's token ids.
+        token_text: Returns the text of a token id.
     """
     if not token_ids or max(token_ids) < vocab_size:
         return
@@ -174,7 +174,7 @@ def validate_encode(request: tokenizer_pb2.EncodeRequest, limits: RequestLimits)
 
 
 def too_many_tokens(field: str, max_tokens: int, got: str) -> StatusError:
-    """The refusal of a text in `field` that becomes more tokens than an answer may hold."""
+    """Return the error for a text in `field` that has more tokens than an answer may contain."""
     return StatusError.invalid(field, f"must have at most {max_tokens} tokens, got {got}")
 
 
@@ -187,7 +187,7 @@ def validate_decode(request: tokenizer_pb2.DecodeRequest, limits: RequestLimits,
 def validate_page_size(
     request: sessions_pb2.ListSessionsRequest | sessions_pb2.GetSessionRequest, limits: RequestLimits
 ) -> int | None:
-    """Return how many entries a page may have; None where the request does not say."""
+    """Return how many entries a page may have; None if the request does not set it. Raises StatusError."""
     if not request.HasField("page_size"):
         return None
     check_page_size(request.page_size, limits)
@@ -195,7 +195,7 @@ def validate_page_size(
 
 
 def check_page_size(page_size: int, limits: RequestLimits) -> None:
-    """Check how many entries a page is to have."""
+    """Check the number of entries of a page."""
     _check_count(page_size, 1, limits.max_page_size, "page_size")
 
 
@@ -260,7 +260,7 @@ def _check_count(value: int, low: int, high: int, field: str) -> None:
 
 
 def _check_length(text: str, limit: int, field: str) -> int:
-    """Return how many bytes `text` has: at least one."""
+    """Return the size of `text` in bytes. Raises StatusError if it is empty or longer than `limit`."""
     size = _num_bytes(text)
     if not 1 <= size <= limit:
         raise StatusError.invalid(field, f"must have 1 to {limit} bytes, got {size}")

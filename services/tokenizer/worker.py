@@ -77,16 +77,16 @@ _QUOTA_TIMEOUT = 0.25
 _REDIS_INTERVAL = 2.0
 _METRICS_INTERVAL = 0.5
 _KEPT_LEASE = 3.0
-"""Seconds after which another worker goes on with the kept requests of one that died."""
+"""Seconds after which another worker takes over the kept requests of one that died."""
 
 
 class Worker:
     """Serves until it is told to stop, then drains.
 
     Args:
-        settings: The service's.
+        settings: Settings of the service.
         port: The port that the supervisor reserved.
-        http_port: The one for HTTP; None: it is not served.
+        http_port: The port that it reserved for HTTP; None: HTTP is not served.
         tracer: Makes spans; None = traces are off.
     """
 
@@ -114,7 +114,7 @@ class Worker:
         )
         watch = _watch_redis(redis) if redis is not None else None
         worker_id = f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}"
-        # Connections of their own: their waits are shorter, because every limited request waits for them.
+        # Quotas have connections of their own with shorter timeouts, because every limited request waits for them.
         quota_redis = open_redis(settings.redis_url, timeout=_QUOTA_TIMEOUT) if settings.redis_url else None
         quotas = TenantQuotas(quota_redis, worker_id, refused=self._metrics.count_limited)
         journal = None
@@ -132,7 +132,7 @@ class Worker:
                         model_name=model.name,
                         model_metrics=self._metrics.models[model.name],
                         prompts=await stack.enter_async_context(model.prompts),
-                        tokenizer_size=model.prompts.model.vocab_size,  # takes 0.1 s, not to be paid by a request
+                        tokenizer_size=model.prompts.model.vocab_size,  # computed now, because it takes 0.1 s
                         schedulers=self._schedulers(model, worker_id, model.name if len(models) > 1 else ""),
                         kept=kept,
                         sessions=sessions,
@@ -169,7 +169,7 @@ class Worker:
                 SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
             )
 
-            # Tokens count in the first, which admits calls itself.
+            # The first service counts tokens, and therefore admits its calls itself.
             admits = (None, quotas.admitted, quotas.admitted)
             on_end = self._metrics.count_call
             for descriptor, servicer, admit in zip(_SERVICES, servicers, admits, strict=True):
@@ -186,8 +186,8 @@ class Worker:
             if watch is not None:
                 tasks.append(asyncio.create_task(watch.run()))
             try:
-                # The vocabulary lives as long as the process: a full collection need not look at it every time. And
-                # messages come and go without cycles: looking for some after every 700 is too often.
+                # The vocabulary lives as long as the process, so the garbage collector need not scan it again. Messages
+                # form no reference cycles, so a collection after every 700 allocations is wasted time.
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(20_000)
@@ -197,7 +197,7 @@ class Worker:
                 _report(serving=service.address)
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in tasks:
-                    if task.done():  # a fault of its own ends the worker, and is told by whoever runs it
+                    if task.done():  # the worker failed, and its caller reports the error
                         task.result()
                 if stop.is_set():
                     await self._drain(service, edges, kept)
@@ -255,7 +255,7 @@ class Worker:
         held: CallBytes,
         watch: RedisWatch | None,
     ) -> None:
-        """Write the metrics to the worker's files until cancelled. Files that were read are looked at for changes."""
+        """Write the metrics to the worker's files, and check files of keys and aliases for changes, until cancelled."""
         metrics, links = self._metrics, [edge.schedulers for edge in edges]
         while True:
             metrics.flush()
@@ -282,12 +282,12 @@ class Worker:
         limit = self._settings.drain_limit_s
         _log.info("draining for up to %g s", limit)
         draining = asyncio.create_task(self._gate.drain(limit))
-        await asyncio.sleep(0)  # the gate is closed now
+        await asyncio.sleep(0)  # let the drain close the gate first
         await service.health.publish()
         if remaining := await draining:
             _log.warning("%d calls did not finish in time and end with UNAVAILABLE", remaining)
             await kept.stop()
-            for edge in edges:  # a status that says so, rather than a cut connection
+            for edge in edges:  # so that clients get a status instead of a broken connection
                 edge.schedulers.end_all("the server is shutting down")
 
 
@@ -326,7 +326,7 @@ def _total(all_counts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
 
 
 async def _watch_stdin() -> asyncio.Event:
-    """Return an event that is set when stdin ends: the supervisor is gone."""
+    """Return an event that is set when stdin ends, because the supervisor is gone."""
     ended = asyncio.Event()
 
     class Protocol(asyncio.Protocol):
@@ -342,9 +342,9 @@ def _report(**values: str) -> None:
 
 
 def main() -> int:
-    """Take the assignment, serve, and return the exit code."""
+    """Read the assignment and serve. Returns the exit code."""
     assignment = read_line(sys.stdin.buffer)
-    if assignment is None:  # the supervisor has ended
+    if assignment is None:  # the supervisor ended before it sent the assignment
         return 1
     settings = TokenizerSettings.model_validate(assignment["settings"])
     configure_logging("tokenizer", settings)

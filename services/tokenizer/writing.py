@@ -1,4 +1,4 @@
-"""A model's way of writing: the meaning of its tokens in answers, and the marks of reasoning and calls among them."""
+"""A model's output format: the texts of its tokens, and the marks of reasoning and calls among them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 _OPENING_TOKENS = 16
-"""Last tokens of a prompt that are looked at: as many as have the mark of reasoning with which an answer may begin."""
+"""Number of a prompt's last tokens that are examined, enough for a mark of reasoning at its end."""
 
 
 class Writing:
-    """One model's way of writing. Immutable.
+    """One model's output format. Immutable.
 
     Args:
-        model: Its tokenizer.
+        model: The model's tokenizer.
 
     Attributes:
         texts: Texts of the model's tokens.
-        marked_texts: The same in answers from which reasoning and calls are told: marks are never left out.
-        dialect: The form of reasoning and calls.
-        added_ids: Tokens that are cut out of a text before all others, special or not, by their texts.
+        marked_texts: The same, with marks never left out, for answers in which reasoning and calls are told apart.
+        dialect: The format of reasoning and calls.
+        added_ids: Added tokens, special or not, by their texts. They are split off a text before it is encoded.
         end_ids: Tokens that end an answer.
     """
 
@@ -41,6 +41,6 @@ class Writing:
         return self.dialect.end_of_reasoning in self.added_ids
 
     def opening(self, prompt_ids: Sequence[int]) -> Opening:
-        """Return where an answer behind a prompt begins."""
+        """Return the part in which the answer to a prompt begins."""
         detokenizer = self.texts.detokenizer(skip_special_tokens=False)
         return Opening.of(detokenizer.push(prompt_ids[-_OPENING_TOKENS:]) + detokenizer.flush(), self.dialect)

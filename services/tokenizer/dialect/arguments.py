@@ -1,4 +1,4 @@
-"""Reads the arguments of calls while they are written."""
+"""Incremental readers of the arguments of calls."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _refuse(name: str) -> NoReturn:
 
 
 class JsonReader:
-    """Reads one JSON object, and tells it as it is.
+    """Reads one JSON object incrementally, and passes its text on unchanged.
 
     Attributes:
-        is_complete: All of it was read.
+        is_complete: True once the whole object was read.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,9 @@ class JsonReader:
         self.is_complete = False
 
     def read(self, text: str) -> tuple[str, str]:
-        """Return what is told of the arguments, and what follows them or is to be read again with more text."""
+        """Return the new text of the arguments, and the rest: text after them, or text to read again once more has
+        come.
+        """
         if not self._depth:
             text = text.lstrip()
         if self._is_escaped and text:
@@ -56,16 +58,16 @@ class JsonReader:
 
 
 class TaggedReader:
-    """Reads arguments that come one by one, and tells the JSON object of them.
+    """Reads arguments between tags incrementally, and returns them as one JSON object.
 
     Args:
         tags: The tags around them.
-        after: Text behind the last one.
-        are_texts: True for arguments that are strings, false for those that are not, by their names. A value of another
-            name is what JSON it is, or else a string.
+        after: Text after the last argument.
+        are_texts: By name, whether an argument is a string. The value of an unknown name is read as JSON if it is JSON,
+            else as a string.
 
     Attributes:
-        is_complete: All of them were read.
+        is_complete: True once all arguments were read.
     """
 
     def __init__(self, tags: TaggedArguments, after: str, are_texts: Mapping[str, bool]) -> None:
@@ -76,7 +78,7 @@ class TaggedReader:
         self.is_complete = False
 
     def read(self, text: str) -> tuple[str, str]:
-        """As JsonReader.read: an argument is told once it is complete."""
+        """See JsonReader.read. An argument is returned once it is complete."""
         tags, told = self._tags, []
         while text:
             if text.startswith(self._after):

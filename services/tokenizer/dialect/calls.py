@@ -31,9 +31,9 @@ class Calls:
     """The functions that an answer may call.
 
     Attributes:
-        tools: One of these each time.
-        are_required: It has a call, and no text.
-        is_single: It has no more than one.
+        tools: The functions.
+        are_required: True if the answer must consist of calls, without text.
+        is_single: True if the answer may have at most one call.
     """
 
     tools: Sequence[CalledTool]

@@ -1,6 +1,6 @@
-"""Splits an answer that consists of messages, each for a channel, while it comes. Pure: no tokens, no clock.
+"""Splits a streamed answer that consists of messages, each for a channel. Pure: no tokens, no clock.
 
-As with `Splitter`, what comes out does not depend on how the text was cut.
+As with `Splitter`, the result does not depend on how the text was cut.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from scalellm.services.tokenizer.dialect.opening import Opening
 from scalellm.services.tokenizer.dialect.parts import Part, PartKind, num_begun
 
 _LONGEST_HEADER = 256
-"""In characters. What goes on for longer without a text is no header."""
+"""Most characters of a header. Longer text without a message's text is no header."""
 
 
 class ChannelSplitter:
     """Splits one answer. Not safe for concurrent use.
 
-    Messages of the same kind are told apart by the end of a line. What is no message is text.
+    Consecutive messages of the same kind are separated by the end of a line. Anything that is no message is text.
 
     Args:
         channels: The answer's form of messages.
         opening: The part in which it begins.
-        has_calls: It may have calls; otherwise what looks like one is what its channel says.
+        has_calls: True if it may have calls; otherwise, messages that look like calls are of their channel's kind.
         make_id: Returns the id of a call, by its number.
 
     Attributes:
@@ -50,13 +50,13 @@ class ChannelSplitter:
         """The kind of the part that is read; None: a header."""
         self._kinds_told: set[PartKind] = set()
         self._is_continued = False
-        """Something of the message that is read was told."""
+        """True if a part of the message that is being read was returned."""
         self._reader: JsonReader | None = None
         self.num_calls = 0
 
     @property
     def is_in_reasoning(self) -> bool:
-        """True if what comes next is reasoning, or ends it."""
+        """True if the next text is reasoning, or ends it."""
         return self._kind is PartKind.REASONING
 
     @property
@@ -65,7 +65,7 @@ class ChannelSplitter:
         return False
 
     def push(self, text: str) -> list[Part]:
-        """Return what is certain with more of the answer."""
+        """Return the parts that are certain once `text` has been added to the answer."""
         if not text:
             return []
         self._buffer += text

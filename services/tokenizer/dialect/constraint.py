@@ -18,7 +18,7 @@ from scalellm.services.tokenizer.structure.json_schema import checked_schema
 _TEXT = r"TEXT: /(.|\n)*/"
 _ANY_OBJECT = '{"type": "object"}'
 _OF_TEXTS = frozenset({"type", "title", "description", "default", "examples", "enum", "const"})
-"""Keywords of a string that tagged arguments can follow."""
+"""Keywords of a string's schema that are supported for tagged arguments."""
 
 
 class AnswerGrammar:
@@ -43,7 +43,7 @@ class AnswerGrammar:
         self._added_ids = added_ids
         self._end_ids = end_ids
         self._can_bound_reasoning = dialect.end_of_reasoning in added_ids
-        """The end of reasoning is a token."""
+        """True if the mark that ends reasoning is one token, so that a budget can be enforced."""
 
     def of(self, calls: Calls | None, shape: str, opening: Opening, budget: int | None) -> str:
         """Return the grammar; empty where anything may be written.
@@ -69,7 +69,7 @@ class AnswerGrammar:
         return "\n".join([f"start: {start}", *rules]) + "\n"
 
     def _behind_reasoning(self, body: str, opening: Opening, budget: int | None, rules: list[str]) -> str:
-        """Return what stands for the body with reasoning before it, as far as there may be some."""
+        """Return the expression for the body, with reasoning before it if the answer may have any."""
         marks = self._dialect.reasoning
         if marks is None or opening is Opening.BEHIND_REASONING or not self._can_bound_reasoning:
             return body
@@ -81,7 +81,7 @@ class AnswerGrammar:
         return f"({self._literal(marks.begin)} reasoning)? {body}"
 
     def _thoughts(self, end: str, budget: int | None) -> str:
-        """Return what stands for the tokens of reasoning up to the mark that ends it."""
+        """Return the expression for reasoning up to the mark that ends it."""
         excluded = sorted({self._added_ids[end], *self._end_ids, *self._special_ids.values()})
         thought = f"<[^{','.join(map(str, excluded))}]>"
         return f"{thought}*" if budget is None else f"{thought}{{0,{budget}}}" if budget else ""
@@ -95,7 +95,8 @@ class AnswerGrammar:
         answer: str,
         rules: list[str],
     ) -> str:
-        """Return what stands for an answer of messages: reasoning, text before a call, and at last a call or answer.
+        """Return the expression for an answer of messages: reasoning, text before a call, and finally a call or an
+        answer.
 
         Where reasoning has a budget there is one message of it, before all others.
         """
@@ -124,7 +125,7 @@ class AnswerGrammar:
         return f"{first}{others}last"
 
     def _message(self, channels: Channels, tool: CalledTool) -> str:
-        """Return what stands for the header and the text of a call."""
+        """Return the expression for the header and the text of a call."""
         to = channels.recipient + tool.name
         channel, body = channels.channel + channels.aside, self._literal(channels.body)
         header = f"({self._literal(to + channel)} | {self._literal(channel + to)})"
@@ -132,7 +133,7 @@ class AnswerGrammar:
         return f"{header} {form} {body} {self._arguments_as_json(tool)}"
 
     def _calls(self, calls: Calls, rules: list[str], shape: str) -> str:
-        """Return what stands for the calls, and for the text around them unless calls are required."""
+        """Return the expression for the calls, with text around them unless calls are required."""
         written = self._dialect.calls
         assert written is not None
         for index, tool in enumerate(calls.tools):
@@ -147,7 +148,7 @@ class AnswerGrammar:
         if shape:
             return f"({self._literal(written.opening)} {rest} | answer)"
         if written.is_whole:
-            space = r"\s\x1c-\x1f"  # what the splitter leaves out before calls
+            space = r"\s\x1c-\x1f"  # white space that the splitter drops before calls
             rules.append(rf"PLAIN: /[{space}]*([^{space}\{written.opening[0]}](.|\n)*)?/")
             return f"({self._literal(written.opening)} {rest} | PLAIN)"
         head = self._head(written, rules)
@@ -156,7 +157,7 @@ class AnswerGrammar:
         return f"({head} {rest})* TEXT"
 
     def _head(self, written: CallFormat, rules: list[str]) -> str:
-        """Return what stands for text up to the first name: once the trigger comes, nothing but a call follows."""
+        """Return the expression for text up to the first name. After the trigger only a call may follow."""
         remainder = self._literal(written.opening[len(written.trigger) :])
         if (token_id := self._special_ids.get(written.trigger)) is not None:
             return f"TEXT {lark.token(token_id)} {remainder}"
@@ -164,7 +165,7 @@ class AnswerGrammar:
         return f"trigger {remainder}"
 
     def _call(self, written: CallFormat, tool: CalledTool, index: int, rules: list[str]) -> str:
-        """Return what stands for a call from its name to its arguments."""
+        """Return the expression for a call from its name to its arguments."""
         name = tool.name
         number = " /:[0-9]{1,4}/" if written.is_numbered else ""
         if isinstance(written.arguments, TaggedArguments):
@@ -182,7 +183,7 @@ class AnswerGrammar:
         return lark.json_value(checked_schema(schema, tool.field))
 
     def _tagged(self, tags: TaggedArguments, tool: CalledTool, index: int, rules: list[str]) -> str:
-        """Return what stands for arguments one by one, in the order of the schema."""
+        """Return the expression for tagged arguments, in the order of the schema."""
         rules.append(f"value_{index}[lazy]: TEXT {lark.text(tags.after)}")
         if tool.schema is None:
             rules.append(rf"KEY_{index}: /[^<>\n]{{1,128}}/")

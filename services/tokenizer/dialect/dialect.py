@@ -25,7 +25,7 @@ class JsonArguments:
 
 @dataclass(frozen=True, slots=True)
 class TaggedArguments:
-    """Arguments come one after the other, each as `before` key `between` value `after`.
+    """Arguments are written one after the other, each as `before` key `between` value `after`.
 
     A value that is a string by its schema is written as it is, any other one as JSON.
     """
@@ -49,10 +49,11 @@ class CallFormat:
     `after`.
 
     Attributes:
-        trigger: With what calls begin, and no other text: the first characters of `begin` and `before`.
+        trigger: Text with which calls, and nothing else, begin: the first characters of `begin` and `before`.
         arguments: The form of arguments.
-        is_numbered: A name is followed by `:` and a number, and the id of a call is `functions.` name `:` number.
-        is_whole: Calls are the whole answer: it either begins with them or has none.
+        is_numbered: True if a name is followed by `:` and a number, and the id of a call is `functions.` name `:`
+            number.
+        is_whole: True if an answer with calls consists of calls alone.
     """
 
     trigger: str
@@ -68,13 +69,13 @@ class CallFormat:
 
     @property
     def opening(self) -> str:
-        """All that is written before the first name."""
+        """The text before the first name."""
         return self.begin + self.before
 
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """An answer is messages, each `header` `body` text, where the header names the channel: `channel` name.
+    """An answer is a list of messages, each `header` `body` text, where the header names the channel: `channel` name.
 
     A call is the last message. Its header also has `recipient` and the function's name, before the channel or behind
     it, and may end in one of `forms`; its text is the arguments, one JSON object.
@@ -114,12 +115,12 @@ class Channels:
 
 
 class ToolsInPrompt(enum.Enum):
-    """The form in which a model is told of tools, calls and results."""
+    """The form in which tools, calls and results are given to a model."""
 
     NATIVE = enum.auto()
-    """The template is told of them in objects: arguments are objects."""
+    """The template gets them as objects: arguments are objects."""
     AS_SENT = enum.auto()
-    """The template is told of them in OpenAI's messages: arguments are JSON texts; a message without text has null."""
+    """The template gets them as OpenAI's messages: arguments are JSON texts; a message without text has null."""
     ONE_BY_ONE = enum.auto()
     """As native, but a message has one call at most, and either text or reasoning beside it, as `thinking`."""
     WRITTEN_OUT = enum.auto()
@@ -128,13 +129,13 @@ class ToolsInPrompt(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """A model's way of writing.
+    """A model's format of reasoning and calls.
 
     Attributes:
-        reasoning: Around its reasoning; None: it does not reason in a way that is known here.
-        calls: Its form of calls; None: in a way that is not known here.
-        tools: The form in which it is told of tools.
-        short_ids: Ids of calls are nine letters and digits: its template refuses others.
+        reasoning: Marks around its reasoning; None: it has none, or in an unknown format.
+        calls: Its format of calls; None: it has none, or an unknown one.
+        tools: The form in which it gets tools.
+        short_ids: True if ids of calls must be nine letters and digits, since its template refuses others.
         channels: Its form of messages, where an answer consists of several: reasoning and calls are among them, and
             `reasoning` and `calls` are None.
     """
@@ -147,23 +148,23 @@ class Dialect:
 
     @property
     def tells_reasoning(self) -> bool:
-        """True if its reasoning can be told from text."""
+        """True if its reasoning can be separated from text."""
         return self.reasoning is not None or self.channels is not None
 
     @property
     def tells_calls(self) -> bool:
-        """True if its calls can be told from text."""
+        """True if its calls can be separated from text."""
         return self.calls is not None or self.channels is not None
 
     @property
     def end_of_reasoning(self) -> str | None:
-        """The text that it writes behind its reasoning; None: it does not reason in a way that is known here."""
+        """The mark after its reasoning; None: it has no reasoning, or in an unknown format."""
         if self.channels is not None:
             return self.channels.end
         return None if self.reasoning is None else self.reasoning.end
 
     def marker_ids(self, special_ids: Mapping[str, int]) -> frozenset[int]:
-        """Return the special tokens that it writes with, by which reasoning and calls are told.
+        """Return the special tokens that are marks of reasoning and calls.
 
         Args:
             special_ids: The model's special tokens, by their texts.

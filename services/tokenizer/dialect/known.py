@@ -1,4 +1,4 @@
-"""The dialects that are known, and how a chat template tells which one its model speaks."""
+"""The known dialects, and the detection of a model's dialect by its chat template."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ _CALLS: Sequence[tuple[Callable[[str], bool], CallFormat]] = (
 
 
 def dialect_of(source: str | None) -> Dialect:
-    """Return how the model of a chat template writes.
+    """Return the dialect of a model by its chat template.
 
     Args:
         source: The template, in Jinja; None: the model has none.

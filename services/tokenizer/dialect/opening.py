@@ -8,18 +8,18 @@ from scalellm.services.tokenizer.dialect.dialect import Dialect
 
 
 class Opening(enum.Enum):
-    """The part in which an answer begins, as the end of its prompt tells."""
+    """The part in which an answer begins, by the end of its prompt."""
 
     ANYWHERE = enum.auto()
-    """With reasoning, or without."""
+    """The answer may begin with reasoning or without."""
     IN_REASONING = enum.auto()
-    """The prompt has the mark of the beginning."""
+    """The answer begins in reasoning, since the prompt ends with the mark that begins it."""
     BEHIND_REASONING = enum.auto()
-    """The prompt has the mark of the end, or text of the answer."""
+    """The answer begins after the reasoning, since the prompt ends with the mark that ends it, or with answer text."""
 
     @classmethod
     def of(cls, prompt: str, dialect: Dialect) -> Opening:
-        """Return where an answer begins behind a prompt, of which the last characters are enough."""
+        """Return where the answer to a prompt begins. The last characters of the prompt are enough."""
         prompt = prompt.rstrip()
         if (channels := dialect.channels) is not None:
             if prompt.endswith(channels.header(channels.reasoning)):

@@ -14,12 +14,12 @@ from scalellm.services.tokenizer.structure.json_schema import checked_schema
 
 
 def _json(schema: Any, field: str = "") -> str:
-    """Return what stands for JSON of a schema."""
+    """Return the expression for JSON that matches a schema."""
     return lark.json_value(checked_schema(json.dumps(schema), field))
 
 
 _PLAIN = frozenset({"type", "title", "description", "default", "examples"})
-"""Keywords of a string of which any text will do."""
+"""Keywords of a string's schema that allow any text."""
 
 _SINGLE = r"""SINGLE: /'([^'\\\x00-\x1f]|\\['"\\\/nrbtf])*'/"""
 _ANY = (
@@ -32,12 +32,12 @@ _ANY = (
 
 
 def python_arguments(tool: CalledTool, place: str, rules: list[str]) -> str:
-    """Return what stands for the arguments of a call, in the order of the schema. Raises StatusError.
+    """Return the expression for the arguments of a call, in the order of the schema. Raises StatusError.
 
     Args:
         tool: The function.
-        place: Ends the names of rules.
-        rules: Rules that it needs are added.
+        place: Suffix of the names of rules.
+        rules: Receives the rules that the expression needs.
     """
     if _SINGLE not in rules:
         rules.append(_SINGLE)
@@ -59,7 +59,7 @@ def python_arguments(tool: CalledTool, place: str, rules: list[str]) -> str:
 
 
 def _list(arguments: Sequence[str], are_required: Sequence[bool], place: str, rules: list[str]) -> str:
-    """Return what stands for arguments with commas between them, of which some may be left out."""
+    """Return the expression for arguments with commas between them, of which optional ones may be left out."""
     count = len(arguments)
     for index, (argument, is_required) in enumerate(zip(arguments, are_required, strict=True)):
         rules.append(f"argument_{place}_{index}: {argument}")
@@ -75,7 +75,7 @@ def _list(arguments: Sequence[str], are_required: Sequence[bool], place: str, ru
 
 
 def _value(value: Any, schema: Mapping[str, Any], tool: CalledTool) -> str:
-    """Return what stands for one value: as JSON, or as Python writes it where that can be told by its schema."""
+    """Return the expression for one value: JSON, or also a Python literal if the schema decides the type."""
     if is_text(value):
         choices = [value["const"]] if "const" in value else value.get("enum")
         if choices is not None and value.keys() <= _PLAIN | {"const", "enum"}:
@@ -91,6 +91,6 @@ def _value(value: Any, schema: Mapping[str, Any], tool: CalledTool) -> str:
 
 
 def _single(text: str) -> str:
-    """Return a string as Python writes it, between single quotes."""
+    """Return a string as a Python literal in single quotes."""
     inner = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"').replace("'", "\\'")
     return f"'{inner}'"

@@ -12,31 +12,34 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 class PythonReader:
-    """Reads arguments up to the end of the call, and tells the JSON object of them, each once it is complete.
+    """Reads arguments up to the end of the call incrementally, and returns them as one JSON object, each once it is
+    complete.
 
     Args:
         after: Text that ends the call, one closing bracket.
 
     Attributes:
-        is_complete: All of them were read.
+        is_complete: True once all arguments were read.
     """
 
     def __init__(self, after: str) -> None:
         self._after = after
         self._place = 0
-        """As many characters of the argument that comes were looked at."""
+        """Number of scanned characters of the incomplete argument."""
         self._depth = 0
         self._quote = ""
         self._is_first = True
         self.is_complete = False
 
     def read(self, text: str) -> tuple[str, str]:
-        """Return what is told of the arguments, and what follows them or is to be read again with more text."""
+        """Return the new text of the arguments, and the rest: text after them, or text to read again once more has
+        come.
+        """
         told: list[str] = []
         while (found := _OF_NOTE.search(text, self._place)) is not None:
             char, self._place = found[0], found.end()
             if char == "\\":
-                if self._place == len(text):  # what it escapes comes later
+                if self._place == len(text):  # the escaped character has not come yet
                     self._place -= 1
                     break
                 self._place += 1
@@ -68,7 +71,7 @@ class PythonReader:
 
 
 def as_json(value: str) -> str:
-    """Return the JSON of a literal of Python or JSON; what is neither is a string."""
+    """Convert a literal of Python or JSON to JSON. Any other text becomes a string."""
     written = _LITERAL.sub(_literal, value)
     try:
         json.loads(written, parse_constant=_refuse)

@@ -1,4 +1,4 @@
-"""Questions of the grammar about the schemas of arguments that are written one by one."""
+"""Analysis of the schemas of arguments that are written one by one."""
 
 from __future__ import annotations
 

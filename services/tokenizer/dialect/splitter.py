@@ -1,7 +1,7 @@
-"""Splits an answer into reasoning, text and calls while it comes. Pure: no tokens, no clock.
+"""Splits a streamed answer into reasoning, text and calls. Pure: no tokens, no clock.
 
-What comes out does not depend on how the text was cut: the parts of one kind that follow each other, put together, are
-the same. A mark that has only begun is held back until it is clear whether it is one.
+The result does not depend on how the text was cut: consecutive parts of one kind, put together, are the same. The
+beginning of a mark is held back until it is certain whether it is one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Splitter:
     Args:
         dialect: The answer's dialect.
         opening: The part in which it begins.
-        has_calls: It may have calls; otherwise what looks like one is text.
+        has_calls: True if it may have calls; otherwise, text that looks like a call is text.
         make_id: Returns the id of a call, by its number.
         texts_of: Returns which arguments of a function are strings, by its name; needed for tagged arguments.
 
@@ -58,9 +58,9 @@ class Splitter:
         self._texts_of = texts_of
         self._buffer = ""
         self._spaces = ""
-        """White space behind what was told: left out if a mark follows."""
+        """White space after the returned text, which is dropped if a mark follows."""
         self._strips = False
-        """White space at the beginning of the part that is read is left out."""
+        """True while white space is dropped, at the beginning of a part."""
         self._reader: JsonReader | TaggedReader | PythonReader | None = None
         self.num_calls = 0
         self._state = _State.TEXT if opening is Opening.BEHIND_REASONING or self._marks is None else _State.START
@@ -76,7 +76,7 @@ class Splitter:
         }
 
     def push(self, text: str) -> list[Part]:
-        """Return what is certain with more of the answer."""
+        """Return the parts that are certain once `text` has been added to the answer."""
         if not text:
             return []
         self._buffer += text
@@ -92,7 +92,7 @@ class Splitter:
 
     @property
     def is_in_reasoning(self) -> bool:
-        """True if what comes next is reasoning, or ends it."""
+        """True if the next text is reasoning, or ends it."""
         return self._state is _State.REASONING or (self._state is _State.START and self._is_open)
 
     @property
@@ -111,12 +111,12 @@ class Splitter:
         return parts
 
     def _go_to(self, state: _State, rest: str) -> bool:
-        """Go on with the rest of the text in another state, behind a mark."""
+        """Go to another state after a mark, with the rest of the text. Returns True."""
         self._state, self._buffer, self._strips, self._spaces = state, rest, True, ""
         return True
 
     def _start(self, parts: list[Part], is_last: bool) -> bool:
-        """The mark of reasoning, if the answer begins with it."""
+        """Read the mark that begins reasoning, if the answer begins with it. Returns whether there is more to do."""
         assert self._marks is not None
         begun = self._buffer.lstrip()
         if begun.startswith(self._marks.begin):
@@ -216,13 +216,13 @@ class Splitter:
         return self._go_to(_State.TEXT, self._buffer)
 
     def _tell_but(self, parts: list[Part], held: int) -> None:
-        """Tell the text but for its last characters."""
+        """Add the buffered text, except for its last `held` characters, to `parts`."""
         end = len(self._buffer) - held
         told, self._buffer = self._buffer[:end], self._buffer[end:]
         self._tell(parts, told)
 
     def _tell(self, parts: list[Part], text: str) -> None:
-        """Tell more text of the part that is read. White space at its end waits for what follows it."""
+        """Add more text of the current part to `parts`. White space at its end is held back until more follows."""
         if self._strips:
             text = text.lstrip()
             self._strips = not text
@@ -240,7 +240,7 @@ class Splitter:
 
 
 AnswerSplitter = Splitter | ChannelSplitter
-"""Splits one answer."""
+"""A splitter of one answer."""
 
 
 def make_splitter(
@@ -251,7 +251,7 @@ def make_splitter(
     make_id: Callable[[int], str],
     texts_of: Callable[[str], Mapping[str, bool]] = lambda name: {},
 ) -> AnswerSplitter:
-    """Return what splits one answer. Arguments are those of Splitter."""
+    """Make the splitter for answers of a dialect. Arguments are those of Splitter."""
     if dialect.channels is not None:
         return ChannelSplitter(dialect.channels, opening, has_calls=has_calls, make_id=make_id)
     return Splitter(dialect, opening, has_calls=has_calls, make_id=make_id, texts_of=texts_of)

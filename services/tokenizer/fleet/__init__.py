@@ -1,1 +1,2 @@
-"""The line as it is now: what this tokenizer counts, and what the schedulers say of themselves and their executors."""
+"""The current state of the deployment: this tokenizer's counts, and the states of the schedulers and their
+executors."""

@@ -1,4 +1,4 @@
-"""One snapshot of the line, as JSON."""
+"""Snapshots of the deployment's state, as JSON."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ _MODEL_RATES: Mapping[str, str] = MappingProxyType(
 
 
 class Snapshots:
-    """Takes snapshots: what the workers of this service counted in the last ten seconds, and the schedulers' states.
+    """Takes snapshots: the counts of this service's workers over the last ten seconds, and the schedulers' states.
 
     Args:
         models: Names of the models that are served, the default first.
         num_workers: Workers of this service.
-        schedulers: Schedulers that it knows.
-        folder: Folder of its workers' metrics; None: they count nothing.
+        schedulers: The schedulers of this service.
+        folder: Folder of its workers' metrics; None: there are no metrics.
         clock: Monotonic seconds.
     """
 
@@ -104,7 +104,7 @@ class Snapshots:
         return json.dumps(snapshot, separators=(",", ":"), allow_nan=False).encode()
 
     async def forget(self) -> None:
-        """Nobody watches: what is taken next begins anew."""
+        """Forget the counts, since nobody watches, so that the next snapshot begins a new window."""
         self._scrapes.clear()
         await self._states.close()
 
@@ -124,14 +124,14 @@ class Snapshots:
 
 
 def window_figures(window: Window) -> dict[str, object]:
-    """Return the figures of a tokenizer. What is not known, or did not happen in the window, is None."""
+    """Return the figures of a tokenizer. A figure that is not known, or without events in the window, is None."""
     figures: dict[str, object] = {"running": _number(window.gauge("scalellm_tokenizer_requests_running"))}
     figures |= {name: _number(window.rate(metric, **labels)) for name, (metric, labels) in _REQUEST_RATES.items()}
     return figures | model_figures(window)
 
 
 def model_figures(window: Window, **labels: str) -> dict[str, object]:
-    """Return the figures that are counted for each model. `labels` choose the model; without any: of all models."""
+    """Return the figures of one model, which `labels` choose, or without labels those of all models together."""
     figures: dict[str, object] = {name: _number(window.rate(metric, **labels)) for name, metric in _MODEL_RATES.items()}
     for name, histogram in _TIMES.items():
         ranks = {f"p{rank}": _number(1e3 * window.quantile(histogram, rank / 100, **labels)) for rank in (50, 90, 99)}
@@ -140,10 +140,10 @@ def model_figures(window: Window, **labels: str) -> dict[str, object]:
 
 
 def scheduler_json(address: str, state: State) -> dict[str, object]:
-    """Return what is told of a scheduler and its executors."""
+    """Return the part of a snapshot about a scheduler and its executors."""
     if isinstance(state, str):
         return {"address": address, "error": state}
-    # Those that want attention first, should there be too many.
+    # Executors that need attention come first, in case there are too many to list.
     executors = sorted(
         state.executors,
         key=lambda executor: (executor.phase == scheduler_pb2.EXECUTOR_PHASE_READY, executor.address),

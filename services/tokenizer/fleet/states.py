@@ -1,4 +1,4 @@
-"""States of the schedulers, as they tell them."""
+"""The schedulers' own reports of their states."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from scalellm.services.common.reload import ConfigFileError
 from scalellm.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 _PATIENCE = 0.9
-"""Seconds: the next snapshot is due a second after this one."""
+"""Seconds to wait for a state. The next snapshot is due one second after this one."""
 
 State = scheduler_pb2.GetStateResponse | str
-"""State of a scheduler, or the reason for which it tells none."""
+"""State of a scheduler, or the reason why there is none."""
 
 
 class SchedulerStates:
@@ -26,7 +26,7 @@ class SchedulerStates:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def read(self, dialers: Mapping[str, LinkDialer]) -> dict[str, State]:
-        """Return the state of each.
+        """Return the state of each scheduler, by address.
 
         Args:
             dialers: Dialers of the schedulers, by their addresses.
@@ -38,7 +38,7 @@ class SchedulerStates:
 
     async def close(self) -> None:
         """End the connections."""
-        channels, self._channels = self._channels, {}  # at once: somebody may read again meanwhile
+        channels, self._channels = self._channels, {}  # replaced at once, because `read` may be called during the close
         for channel in channels.values():
             await channel.close()
 

@@ -1,4 +1,4 @@
-"""Snapshots once a second for whoever watches, and nothing at all while nobody does."""
+"""Snapshots once a second for all watchers. None are taken while there are no watchers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MOST_WATCHERS = 64
 
 
 class FleetWatch:
-    """One taking of snapshots for all that watch. A slow reader misses some, and holds nobody up.
+    """Takes each snapshot once for all watchers. A slow reader misses some, and delays no others.
 
     Args:
         take: Makes a snapshot.
         forget: Called when the last watcher has left.
         interval: Seconds between snapshots.
-        most: Watchers at once.
+        most: Most watchers at once.
     """
 
     def __init__(
@@ -40,12 +40,14 @@ class FleetWatch:
 
     @property
     def num_watchers(self) -> int:
-        """Watchers now."""
+        """Number of current watchers."""
         return self._num_watchers
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
-        """Give what waits for the next snapshot. Raises StatusError RESOURCE_EXHAUSTED where too many watch."""
+        """Context of a watcher, with a function that waits for the next snapshot. Raises StatusError RESOURCE_EXHAUSTED
+        if there are too many watchers.
+        """
         if self._num_watchers >= self._most:
             raise StatusError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -71,14 +73,15 @@ class FleetWatch:
         task, self._task = self._task, None
         assert task is not None
         task.cancel()
-        # The task itself forgets: this call may be cancelled, as its client has gone. `wait` does not pass that on.
+        # The task itself calls `forget`, because this call may be cancelled when its client leaves. `asyncio.wait` does
+        # not pass that cancellation on to the task.
         await asyncio.wait([task])
 
     async def _run(self) -> None:
         try:
             await self._take_for_ever()
         finally:
-            if self._task is None:  # otherwise somebody came meanwhile
+            if self._task is None:  # else a new watcher has come meanwhile
                 await self._forget()
 
     async def _take_for_ever(self) -> None:
@@ -92,7 +95,7 @@ class FleetWatch:
             except Exception as error:
                 self._next = following
                 waited_for.set_exception(error)
-                waited_for.exception()  # seen, also where nobody waits just now
+                waited_for.exception()  # mark the exception as retrieved, in case nobody waits now
             else:
                 self._next = following
                 waited_for.set_result(taken)

@@ -1,1 +1,1 @@
-"""A request's whole way through the edge, the same whatever it came by, and its gRPC face."""
+"""The path of a request through the edge, common to all protocols, and its gRPC service."""

@@ -1,4 +1,4 @@
-"""A request's answer: from what its receiver holds to what its client sees."""
+"""A request's answer: makes the events that its client sees from the tokens that its receiver holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Event = generation_pb2.Started | generation_pb2.PromptLogprobs | Delta | generat
 def make_samples(
     request: generation_pb2.GenerateRequest, options: OutputOptions, submit: link_pb2.Submit, writing: Writing
 ) -> list[SampleStream]:
-    """Return the samples of a request, nothing of them seen yet.
+    """Make the streams of a request's samples, at their beginning.
 
     Args:
         request: The client's request.
@@ -44,7 +44,7 @@ def make_samples(
 
 
 class TokenSource(Protocol):
-    """A source of tokens: a TokenReceiver, or what reads like one."""
+    """A source of tokens: a TokenReceiver, or a TranscriptReader."""
 
     @property
     def first_token_at(self) -> int:
@@ -64,11 +64,11 @@ class Answer:
     Attributes:
         prompt_ids: Token ids of the prompt.
         samples: Samples by index.
-        trace: Told of the time that detokenising takes, and of the first token.
-        metrics: Told of times between messages.
+        trace: Receives the time of detokenising and of the first token.
+        metrics: Receives the times between messages.
         stop_sample: Called with the index of a sample that a stop text ended.
-        seen: Tokens of each sample that the client has seen, where there are any: no Delta tells of them.
-        by_token: Make a Delta of each token, so that Deltas are the same whenever the answer is read.
+        seen: Number of tokens of each sample that the client has already; they are in no Delta.
+        by_token: True to make a Delta of each token, so that Deltas are the same whenever the answer is read.
     """
 
     prompt_ids: Sequence[int]
@@ -85,7 +85,7 @@ class Answer:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the client has seen, over all samples."""
+        """Number of tokens sent to the client, over all samples."""
         return sum(sample.num_tokens for sample in self.samples)
 
     @property
@@ -94,7 +94,7 @@ class Answer:
         return [sample.ended for sample in self.samples if sample.ended is not None]
 
     def take(self, receiver: TokenSource) -> list[generation_pb2.PromptLogprobs | Delta]:
-        """Return what came and is due. Raises StatusError."""
+        """Return the events for the tokens that have arrived and are due. Raises StatusError if the request is lost."""
         events: list[generation_pb2.PromptLogprobs | Delta] = []
         trace, metrics, sent_at = self.trace, self.metrics, self._sent_at
         while parts := receiver.take_prompt_logprobs():

@@ -1,4 +1,5 @@
-"""The shape of a request's answers: one grammar of tools, structured output and reasoning, and what tells the parts."""
+"""The shape of a request's answers: one grammar for tools, structured output and reasoning, and the splitters of
+parts."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from scalellm.v1 import generation_pb2, link_pb2
 
 
 class AnswerShape:
-    """The shape that a request asks of its answers. Raises StatusError.
+    """The shape that a request asks of its answers. Raises StatusError for a shape that cannot be followed.
 
     Args:
         request: It passed validation.
@@ -52,10 +53,10 @@ class AnswerShape:
             )
 
     def grammar(self, prompt_ids: Sequence[int]) -> str:
-        """Return the grammar of the answers to a prompt, empty where they may be anything. Raises StatusError.
+        """Return the grammar of the answers to a prompt, empty if they may be any text. Raises StatusError.
 
         Args:
-            prompt_ids: The prompt; where it ends in a mark of reasoning, answers begin behind that.
+            prompt_ids: The prompt. If it ends in a mark of reasoning, answers begin after that mark.
         """
         if self._is_own or not self._splits:
             return self._shape
@@ -63,7 +64,9 @@ class AnswerShape:
 
 
 def tell_apart(request: generation_pb2.GenerateRequest, writing: Writing) -> None:
-    """Make a request one of which reasoning and text are told apart where answers are no text in one piece."""
+    """Change a request so that reasoning and text are told apart, if the model's answers always consist of several
+    parts.
+    """
     if writing.dialect.channels is not None and request.HasField("chat"):
         request.reasoning.SetInParent()
 
@@ -76,7 +79,7 @@ def splits(request: generation_pb2.GenerateRequest) -> bool:
 def make_splitters(
     request: generation_pb2.GenerateRequest, submit: link_pb2.Submit, writing: Writing
 ) -> list[AnswerSplitter] | None:
-    """Return what tells the parts of each sample apart; None where all is text.
+    """Make the splitter of each sample's parts; None if the whole answer is text.
 
     Args:
         request: The client's request.
@@ -102,7 +105,7 @@ def make_splitters(
 def make_counters(
     request: generation_pb2.GenerateRequest, submit: link_pb2.Submit, writing: Writing
 ) -> list[ReasoningTokens] | None:
-    """Return what counts the tokens of each sample's reasoning; None where it is not told, or cannot be counted.
+    """Make the counter of each sample's reasoning tokens; None if reasoning is not told apart, or cannot be counted.
 
     Arguments are those of make_splitters.
     """
@@ -114,12 +117,12 @@ def make_counters(
 
 
 class _CallIds:
-    """Makes ids of calls that follow from the request, so that a resumed stream has the same ones.
+    """Derives the ids of calls from the request, so that a resumed stream has the same ones.
 
     Args:
         request_id: Id of the request.
         sample: Index of the sample.
-        is_short: Nine letters and digits.
+        is_short: True for ids of nine letters and digits.
     """
 
     def __init__(self, request_id: str, sample: int, *, is_short: bool) -> None:

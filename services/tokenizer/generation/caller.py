@@ -1,4 +1,4 @@
-"""The caller of a generation, as far as it does not matter by which protocol."""
+"""The caller of a generation, independent of the protocol."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Caller(ABC):
 
     Attributes:
         transport: Name of the protocol in metrics: grpc or http.
-        method: Name of the method, as spans have it.
-        span_attributes: Attributes of the call's span: what OpenTelemetry wants to know of the protocol.
+        method: Name of the method, for spans.
+        span_attributes: Attributes of the call's span that OpenTelemetry defines for the protocol.
         metadata: Headers, names in lower case: `traceparent` and `tracestate` are read.
     """
 
@@ -29,9 +29,9 @@ class Caller(ABC):
 
     @abstractmethod
     def time_remaining(self) -> float | None:
-        """Seconds until the client's deadline, 0 or less once it has passed. None: it waits for ever.
+        """Return the seconds until the client's deadline, 0 or less once it has passed; None: no deadline.
 
-        Whoever serves the call has to cancel its task at the deadline, as when the client leaves.
+        The protocol's server has to cancel the call's task at the deadline, as when the client leaves.
         """
 
     def trace_headers(self) -> TraceHeaders:
@@ -39,14 +39,14 @@ class Caller(ABC):
         return TraceHeaders.from_metadata(self.metadata)
 
     def abort_reason(self) -> link_pb2.AbortReason:
-        """Return the reason of a request that was cancelled now."""
+        """Return the reason for aborting the request if its call were cancelled now: the deadline, or the client."""
         time_remaining = self.time_remaining()
         if time_remaining is not None and time_remaining <= 0:
             return link_pb2.ABORT_REASON_DEADLINE
         return link_pb2.ABORT_REASON_CANCELLED
 
     def cancellation(self) -> StatusError:
-        """The status of a call that was cancelled now."""
+        """Return the status of a call that is cancelled now."""
         if self.abort_reason() == link_pb2.ABORT_REASON_DEADLINE:
             return StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
         return StatusError(grpc.StatusCode.CANCELLED, "the client cancelled the request")

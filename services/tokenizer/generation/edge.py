@@ -32,11 +32,11 @@ class TenantSalt:
     """The salt that keeps a tenant's cached prefixes from others: the same in all workers and after restarts.
 
     Args:
-        secret: Nobody else's, where there is one.
+        secret: Secret key of the derivation; empty: a public constant is used.
         tenant: The tenant of the requests.
 
     Attributes:
-        tenant: Stands for the tenant on links.
+        tenant: Identifier of the tenant on links.
     """
 
     def __init__(self, secret: str, tenant: Tenant = DEFAULT_TENANT) -> None:
@@ -44,7 +44,7 @@ class TenantSalt:
         self.tenant = self._key[:_SALT_BYTES]
 
     def of_request(self, request_salt: str) -> bytes:
-        """The salt of a request: the tenant's, or one of its own that follows from what the request says."""
+        """Return the salt of a request: the tenant's, or one derived from it and the request's own salt."""
         if not request_salt:
             return self.tenant
         return hmac.digest(self._key, request_salt.encode(), hashlib.sha256)[:_SALT_BYTES]
@@ -52,15 +52,15 @@ class TenantSalt:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """State that the servicers of one worker share for one model, whatever protocol they speak.
+    """State that the services of one worker share for one model, over all protocols.
 
-    What is not of the model is the same object in the edges of all models.
+    Objects that do not belong to the model are shared by the edges of all models.
 
     Attributes:
         models: The edges of all models.
-        tokenizer_size: Ids of the tokenizer's tokens are below it. The model may have more, its matrices being padded,
-            or fewer, where text of a special token is none for it.
-        sampling_defaults: The model's own, for what a request does not say.
+        tokenizer_size: Upper bound (exclusive) of the tokenizer's token ids. The model's vocabulary may be larger, if
+            its matrices are padded, or smaller, if it lacks special tokens that the tokenizer has.
+        sampling_defaults: The model's own defaults, for sampling parameters that a request does not set.
     """
 
     models: Edges
@@ -82,5 +82,5 @@ class Edge:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the model knows are below it: all that it reads or writes."""
+        """Upper bound (exclusive) of the token ids that the model reads and writes."""
         return self.schedulers.vocab_size or self.tokenizer_size

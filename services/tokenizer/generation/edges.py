@@ -1,4 +1,4 @@
-"""The models of one worker: which of them a request goes to."""
+"""The models of one worker, and the choice of the one for a request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Edges:
         self._aliases = aliases or Aliases()
 
     def add(self, edge: Edge) -> None:
-        """A model is served."""
+        """Add the edge of a model."""
         self._by_name[edge.model_name] = edge
 
     def __iter__(self) -> Iterator[Edge]:
@@ -58,10 +58,9 @@ class Edges:
         return len(self._by_name) > 1
 
     def choose(self, name: str | None) -> Edge:
-        """Return the edge of a model, where nothing is generated; None: the default.
+        """Return the edge of a model for a call that does not generate; None: the default.
 
-        An alias stands for its model with the largest weight here. Raises StatusError NOT_FOUND for a name that is not
-        served.
+        An alias stands for its model with the largest weight. Raises StatusError NOT_FOUND for an unknown name.
         """
         if name is None:
             return self.default
@@ -85,19 +84,22 @@ class Edges:
         kept_id: str = "",
         earlier: str = "",
     ) -> Edge:
-        """Return the edge of a request: a session, and a request that is kept, stay with the model they began with.
+        """Return the edge of a request: the model that it names, or else, for a session or a kept request, the model
+        that it began with.
 
-        Of the models of an alias, the choice follows from the session, or else from the request's identity.
+        For an alias, the model of a new session or request is chosen by its id, or else by the request's identity.
 
         Args:
-            name: Name that the request gives; None: none.
+            name: Model or alias that the request names; None: none.
             tenant: The tenant of the request.
-            identity: Returns what is the same when the request is sent again, and distinguishes it from others.
+            identity: Returns the request's identity; see `identity_of`.
             session_id: The session that it continues; empty: none.
             kept_id: The id under which it is kept; empty: it is not.
-            earlier: Model of the answer that it goes on from by text alone; empty: none.
+            earlier: Model of the answer that it continues by text alone; empty: none.
 
-        Raises StatusError NOT_FOUND, UNAVAILABLE, and FAILED_PRECONDITION where it cannot go on with its model.
+        Raises:
+            StatusError: NOT_FOUND for an unknown name; UNAVAILABLE if Redis does not answer; FAILED_PRECONDITION if the
+                model that it began with is no longer served.
         """
         edge = self.choose(name)
         if not self.are_several or name in self._by_name:
@@ -116,15 +118,16 @@ class Edges:
         return self._by_name[alias.choose(tenant.name, known or identity())]
 
     def check_session(self, session_id: str, began_with: str, edge: Edge) -> None:
-        """Raise FAILED_PRECONDITION where a session would go on with a model to which its token ids mean nothing."""
+        """Raise StatusError FAILED_PRECONDITION if a session would go on with another model than it began with."""
         if self.are_several and began_with not in ("", edge.model_name):
             message = f"model: session {session_id!r} began with {began_with!r} and goes on with that alone"
             raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, message, field="model")
 
     def serving(self, name: str) -> Edge:
-        """Return the edge of what began with a model. Raises StatusError FAILED_PRECONDITION if that is served no more.
+        """Return the edge for a session or request that began with a model. Raises StatusError FAILED_PRECONDITION if
+        that model is no longer served.
 
-        Where a single model is served, it may have been renamed since.
+        If a single model is served, it is taken whatever its name, since it may have been renamed.
         """
         edge = self._by_name.get(name) if self.are_several else self.default
         if edge is None:

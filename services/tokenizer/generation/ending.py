@@ -1,4 +1,4 @@
-"""The end of a request that finished: what is counted, stored and told."""
+"""The end of a finished request: its usage, metrics, session turn and last event."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _SESSION_OUTCOMES = {
 
 
 def count_shown(metrics: EdgeMetrics, usage: common_pb2.Usage, num_shown: int, samples: Sequence[SampleStream]) -> None:
-    """Make the usage that of the samples as they ended here, of which all tokens were shown.
+    """Set the usage to the tokens that were shown, once all samples have ended.
 
-    What an executor generates until it hears of a stop text depends on how fast everybody was.
+    The executor generates more tokens until it is told that a stop text was found, and their number depends on timing.
     """
     metrics.tokens_beyond_stop.inc(max(0, usage.completion_tokens - num_shown))
     usage.completion_tokens = num_shown
@@ -57,7 +57,8 @@ async def save_turn(
         session: As it was before.
         prompt: The prompt.
         sample: The answer.
-        version: That the session has then; empty = a new one. Storing the same one again changes nothing.
+        version: Version of the session after this turn; empty = a new one. Storing the same version again changes
+            nothing.
     """
     assert prompt.continuation is not None
     text, writing = "".join(sample.answer_text), edge.prompts.writing

@@ -71,7 +71,7 @@ class GenerationServicer:
     async def Cancel(
         self, request: generation_pb2.CancelRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.CancelResponse:
-        """End a request that is kept. It is not counted by quotas: it gives back what it ends."""
+        """End a kept request. Quotas do not count this call, because it frees resources."""
         validate_id(request.request_id, "request_id")
         tenant = self._edge.access.tenant()
         await self._edge.kept.cancel(self._edge.models, tenant, request.request_id)
@@ -93,7 +93,7 @@ def _identity(request: generation_pb2.GenerateRequest) -> bytes:
 
 
 def _prompt(request: generation_pb2.GenerateRequest) -> object:
-    """Return the prompt as the JSON value that it is over HTTP."""
+    """Return the prompt as the JSON value that HTTP clients would send."""
     match request.WhichOneof("input"):
         case "chat":
             return [MessageToDict(each, preserving_proto_field_name=True) for each in request.chat.messages]
@@ -104,7 +104,7 @@ def _prompt(request: generation_pb2.GenerateRequest) -> object:
 
 
 def to_wire(event: Event) -> generation_pb2.GenerateResponse:
-    """Return an event as the message that tells it."""
+    """Convert an event to its message."""
     response = generation_pb2.GenerateResponse()
     if type(event) is Delta:  # almost always
         delta = response.delta

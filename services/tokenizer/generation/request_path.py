@@ -1,4 +1,4 @@
-"""One request's way through the edge: from what a client asks to the events that it is told."""
+"""The path of one request through the edge: from the client's request to the events that answer it."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from scalellm.services.tokenizer.validation import (
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 
 _LINK_WAIT = 1.5
-"""Seconds a new request waits for the link to come (back): a scheduler that restarts is not an error to its clients."""
+"""Seconds that a new request waits for a link to a scheduler, so that a scheduler's restart causes no errors."""
 
-# Every JSON and JavaScript client keeps integers below 2^53 as they are.
+# JSON and JavaScript clients represent integers below 2^53 exactly.
 _SEED_BITS = 53
 
 
 class Call(ABC):
-    """One call that is answered with events, from its arrival to the moment when its answer was written.
+    """One call that is answered with events, from its arrival until its answer was written.
 
-    Every protocol serves it alike:
+    Every protocol uses it in the same way:
 
         generation = Generation(edge, request, caller)
         try:
@@ -62,19 +62,18 @@ class Call(ABC):
         finally:
             ...  # generation.server_timing
 
-    A call counts from entering to leaving the context: what is written inside holds the tenant's place. Whatever
-    raises inside ends the call: StatusError with its status, a cancellation (the client left, or its deadline passed)
-    as `Caller.cancellation` says, all else with INTERNAL. What runs below is then aborted, unless it is kept, and
-    logged, counted and traced is what happened.
+    A call counts as running from entering to leaving the context. An exception inside the context ends the call:
+    StatusError with its status, a cancellation (the client left, or its deadline passed) with `Caller.cancellation`,
+    any other with INTERNAL. The request is then aborted, unless it is kept, and its end is logged, counted and traced.
 
     Args:
         edge: The worker.
-        request: The request for generation, as far as it is known.
+        request: The request for generation, or as much of it as is known.
         caller: The caller.
 
     Attributes:
         events: Events of the request, for one consumer, once; see `Event`. Raises StatusError for every end but OK.
-        trace: The stop-watch.
+        trace: Times of the request.
     """
 
     def __init__(self, edge: Edge, request: generation_pb2.GenerateRequest, caller: Caller) -> None:
@@ -124,10 +123,10 @@ class Call(ABC):
 
     @abstractmethod
     def _run(self) -> AsyncGenerator[Event, None]:
-        """Yield the events."""
+        """Run the request and yield its events."""
 
     def _identify(self, request_id: str) -> None:
-        """Find out the caller and the request's id. Raises StatusError."""
+        """Set the tenant and the request's id. Raises StatusError if the caller is not authorised."""
         edge = self._edge
         self._tenant = edge.access.tenant()
         if not edge.access.is_open:
@@ -146,23 +145,22 @@ class Call(ABC):
             yield event
 
     def _count_tokens(self) -> int:
-        """Return the tokens that count towards the tenant's limit: 0 for a refusal, else the prompt and those shown.
-
-        That is so however a request ends: what an executor generated beyond it is not the client's doing.
+        """Return the tokens that count towards the tenant's limit: 0 for a refusal, else those of the prompt and the
+        ones shown. Tokens that an executor generated beyond these do not count, because the client did not cause them.
         """
         finish = self._finish
         is_refusal = finish is not None and finish.status.code and not finish.usage.completion_tokens
         return 0 if is_refusal else self._num_tokens
 
     def _known_latency(self) -> common_pb2.LatencyBreakdown:
-        """The breakdown of the last message, or what is known without one."""
+        """Return the breakdown of the last message, or of the times known so far."""
         return self._latency or self.trace.breakdown(self._finish.timings if self._finish is not None else None)
 
     def _usage(self) -> common_pb2.Usage | None:
         return self._finish.usage if self._finish is not None and self._finish.HasField("usage") else None
 
     def _end(self, error: StatusError | None) -> None:
-        """Say how it went, in the log and the trace. `error` is its status; None = OK."""
+        """Log and trace the end of the call. `error` is its status; None = OK."""
         is_logged = self._edge.request_log.wants(error)
         if not is_logged and self._spans is None:
             return
@@ -206,7 +204,7 @@ class Generation(Call):
         # Check the queue before any costly work: under overload most requests end here.
         salt = TenantSalt(edge.salt_secret, self._tenant)
         edge.schedulers.check_room(salt.tenant)
-        # Count the request before it is checked: a refused request counts as well.
+        # Count the request before it is checked, because a refused request counts as well.
         self._lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
         validate_generate(request, edge.limits, edge.vocab_size)
         shape = AnswerShape(request, edge.prompts.writing)
@@ -215,7 +213,7 @@ class Generation(Call):
         submit.grammar = shape.grammar(submit.token_ids)
         if self._lease is not None:
             await self._lease.reserve(len(submit.token_ids) + submit.sampling.n * submit.sampling.max_tokens)
-        await edge.schedulers.wait_up(_LINK_WAIT)  # again: encoding and quotas took their time
+        await edge.schedulers.wait_up(_LINK_WAIT)  # again, because encoding and quotas may have taken long
         if is_kept and (kept := await self._keep(submit, prompt, session)) is not None:
             async for event in self._follow(kept, (), request.stream_interval or 1):
                 yield event
@@ -257,7 +255,7 @@ class Generation(Call):
         yield finished
 
     async def _keep(self, submit: link_pb2.Submit, prompt: Prompt, session: Session | None) -> KeptRequest | None:
-        """Let the request run on its own, and be kept. None where it cannot be."""
+        """Start the request as a kept one, which runs independently of this call. Returns None if it cannot be kept."""
         submit.execution_id = secrets.token_bytes(16)
         started = self._started(submit, session, resumable=True)
         version = session.version if session is not None else ""
@@ -273,7 +271,7 @@ class Generation(Call):
             session=session,
         )
         if kept is not None and kept.head is head:
-            self._lease = None  # it is the request's now
+            self._lease = None  # the kept request ends it
         return kept
 
     async def _load_session(self) -> Session | None:
@@ -297,7 +295,7 @@ class Generation(Call):
         )
         trace.tokenize_ns = trace.now() - trace.tokenize_at
         if request.WhichOneof("input") != "tokens":
-            self._num_tokens = len(prompt.token_ids)  # encoding is work that counts, also where the request is refused
+            self._num_tokens = len(prompt.token_ids)  # the work of encoding counts, even if the request is refused
         if edge.tokenizer_size > edge.vocab_size:
             check_prompt_tokens(request, prompt.token_ids, edge.vocab_size, edge.prompts.model.tokenizer.id_to_token)
         max_tokens = fit_context(request, len(prompt.token_ids), welcome.max_model_len)
@@ -355,14 +353,14 @@ class Generation(Call):
 
 
 class Resumption(Call):
-    """The rest of a request that is kept.
+    """A call that reads the rest of a kept request.
 
     Args:
         edge: The worker.
         resume: The request and the position in it.
         caller: The caller.
-        again: All of the request, where the client sent it again. Its events then begin with what the client has seen:
-            whoever writes an answer in a format of its own has to count that. See `follow`.
+        again: The whole request, if the client sent it again. The events then begin with those that the client has
+            already, because formats that number their events have to count them. See `follow`.
     """
 
     def __init__(
@@ -375,7 +373,7 @@ class Resumption(Call):
         super().__init__(edge, again or generation_pb2.GenerateRequest(request_id=resume.request_id), caller)
         self._resume = resume
         self._again = again
-        self.trace.first_token_at = self.trace.arrived_at  # the request's own first token was counted by another call
+        self.trace.first_token_at = self.trace.arrived_at  # the call that began the request has counted its first token
 
     async def _run(self) -> AsyncGenerator[Event, None]:
         edge, resume = self._edge, self._resume

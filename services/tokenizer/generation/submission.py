@@ -1,4 +1,4 @@
-"""The scheduler's word on a request at its beginning and at its end."""
+"""The scheduler's acceptance or refusal of a request, and its status at the end."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import link_pb2
 
 _ACCEPTANCE = 0.05
-"""Seconds given to the scheduler to refuse a request before Started says that it was accepted. A refusal before the
-first message leaves gRPC's own retry policies free to act."""
+"""Seconds to wait for a refusal by the scheduler before Started is sent. After a refusal that comes before the first
+message, gRPC's own retry policies can still act."""
 
 
 async def wait_accepted(receiver: TokenReceiver) -> None:
-    """Return once the request is taken to be accepted. Raises StatusError if it is refused at once."""
+    """Wait until the request counts as accepted: its first result came, or some time passed. Raises StatusError if it
+    is refused.
+    """
     try:
         async with asyncio.timeout(_ACCEPTANCE):
             await receiver.wait()
     except TimeoutError:
         pass
     raise_failure(receiver.finish)
-    receiver.wake()  # what came is still to be taken
+    receiver.wake()  # the result that came has still to be taken
 
 
 def raise_failure(finish: link_pb2.Finish | None) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP face of a worker: what programs speak that know OpenAI's API, and what probes and scrapers ask.
+"""The HTTP service of a worker: APIs of OpenAI and Anthropic, health checks, metrics and web pages.
 
-It stands beside the gRPC face, on the same event loop, behind the same keys, limits and request path.
+It runs beside the gRPC services on the same event loop, with the same keys, limits and request path.
 """

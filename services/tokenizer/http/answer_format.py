@@ -12,21 +12,21 @@ class Format:
     """Writes one answer in the format of one API. Prompts have numbers from 0 in the order of the request."""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """A generation was accepted. Returns the events that tell it; here and by default none."""
+        """Return the text for an accepted generation; by default none."""
         return ""
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Log-probabilities of a part of a prompt."""
+        """Return the text for log-probabilities of a part of a prompt; by default none."""
         return ""
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """New tokens."""
+        """Return the text for new tokens."""
         raise NotImplementedError
 
     def sample_end(self, prompt: int, sample: generation_pb2.SampleFinished) -> str:
-        """A sample has ended: told once of each, before `end`."""
+        """Return the text for the end of a sample; by default none. Called once for each sample, before `end`."""
         return ""
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """All generations have finished: what each said, in order."""
+        """Return the last text, once all generations have finished; finished: their last events, in order."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Messages of Anthropic's API: blocks of text, thinking, calls of tools and what these returned."""
+"""Messages of Anthropic's API: blocks of text, thinking, calls of tools and results of tools."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _OF_ASSISTANT = ("thinking", "redacted_thinking", "tool_use")
 def add_anthropic_messages(chat: generation_pb2.Chat, value: object) -> dict[str, str]:
     """Add the messages of a JSON list to a conversation. Raises StatusError.
 
-    What tools returned becomes messages of their own, before the text beside it.
+    Results of tools become messages of their own, before the text of the same message.
 
     Returns:
-        What the client calls the messages of the conversation.
+        The client's names of our fields of the messages; see `param_of`.
     """
     if not isinstance(value, list):
         raise StatusError.invalid("messages", "must be a list of messages")
@@ -75,7 +75,7 @@ def _add_of_assistant(message: generation_pb2.ChatMessage, block: dict[str, Any]
 
 
 def input_of(arguments: str) -> dict[str, Any] | None:
-    """Return the arguments of a call as an object; None for those of a call that was cut off."""
+    """Return the arguments of a call as an object; None if the call was cut off."""
     try:
         value = json.loads(arguments)
     except (ValueError, RecursionError):

@@ -51,7 +51,7 @@ class AnthropicRoutes:
         return await serve(edge, call, [made], [request.names], format, is_stream=bool(request.stream))
 
     async def count(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
-        """Tokens of a conversation, as the model would read it."""
+        """Count the tokens of a conversation, as the model would read it."""
         edge = self._edge
         tenant = edge.access.tenant()
         async with edge.quotas.admitted(tenant):

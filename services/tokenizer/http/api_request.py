@@ -1,7 +1,7 @@
 """The common part of the requests of all APIs: reading them from JSON, and their sampling fields.
 
-Only types are checked here. Ranges are the request path's, which knows them for every protocol: its refusals name our
-fields, and `param_of` says what the client called them.
+Only types are checked here. Ranges are checked by the request path, for every protocol. Its errors name our fields, and
+`param_of` translates these to the client's names.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class ApiRequest(BaseModel):
     """A request of one API, as its clients send it. `null` is the same as no value at all.
 
     Attributes:
-        refused: Fields that would change the answer and are not supported, with the values that change nothing.
-        ignored: Fields that are known, and change nothing here.
+        refused: Unsupported fields that would change the answer, with the values that are accepted because they do not.
+        ignored: Known fields that have no effect here.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, hide_input_in_errors=True)
@@ -75,7 +75,7 @@ class ApiRequest(BaseModel):
 
 
 class StreamOptions(ApiRequest):
-    """The contents of a stream beside its text."""
+    """Options for the contents of a stream in addition to its text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -155,7 +155,7 @@ class SamplingRequest(ApiRequest):
 
     @property
     def is_kept(self) -> bool:
-        """True if the answer is to outlive its call."""
+        """True if the answer shall outlive its call."""
         return self.on_disconnect == "keep"
 
     @property
@@ -165,7 +165,7 @@ class SamplingRequest(ApiRequest):
 
     @property
     def continuous_usage(self) -> bool:
-        """True if each part of a stream says what was used so far."""
+        """True if each chunk of a stream contains the usage so far."""
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
@@ -174,18 +174,18 @@ _SAME = tuple(name for name in SAMPLING if name in SamplingRequest.model_fields 
 
 
 def set_present(target: object, source: object, names: Iterable[str]) -> None:
-    """Copy the attributes that have a value."""
+    """Copy the named attributes that have a value."""
     for name in names:
         if (value := getattr(source, name)) is not None:
             setattr(target, name, value)
 
 
 def param_of(field: str, names: Mapping[str, str]) -> str:
-    """Return a client's name of one of our fields: `sampling.top_p` is `top_p`, `tokens.ids[3]` is `prompt[3]`.
+    """Translate one of our field names to the client's: `sampling.top_p` is `top_p`, `tokens.ids[3]` is `prompt[3]`.
 
     Args:
         field: Path from GenerateRequest.
-        names: The client's names of beginnings of paths that are called otherwise; the longest one counts.
+        names: The client's names by prefixes of our paths, where they differ. The longest matching prefix counts.
     """
     names = {**_NAMES, **names}
     head = field
@@ -197,7 +197,7 @@ def param_of(field: str, names: Mapping[str, str]) -> str:
 
 
 def renamed(error: StatusError, names: Mapping[str, str]) -> StatusError:
-    """The same refusal in the client's words."""
+    """Return the error with the client's names of fields."""
     if not error.field:
         return error
     param = param_of(error.field, names)

@@ -45,9 +45,9 @@ def make_listener(
         settings: The service's.
         port: The port that is reserved for the workers.
         gate: Closed while the worker drains.
-        held: Bounds what callers make the worker hold.
-        on_end: Told of each call that ended.
-        is_ready: Tells if the worker can do its work now.
+        held: Limits the bytes that calls hold in the worker.
+        on_end: Called with each call that ended.
+        is_ready: Returns whether the worker can serve now.
     """
     if not all(each.prompts.can_take_content_as_text for each in edge.models):
         _log.warning(

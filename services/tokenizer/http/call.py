@@ -30,10 +30,10 @@ class HttpCall:
         path: Path of the route, with names in braces for what differs: `/v1/models/{model}`.
 
     Attributes:
-        given_id: The client's `x-request-id` where that is an id; empty: there is none.
-        request_id: The same, or an id that is made here.
-        metadata: The headers that the request path reads, as gRPC clients send it.
-        stream: The answer as far as it is written, once it is a stream of events.
+        given_id: The client's `x-request-id` if it is a valid id; empty: there is none.
+        request_id: `given_id`, or an id that is made here.
+        metadata: The headers that the request path reads, as gRPC metadata.
+        stream: The answer, once it is a stream of events that has begun.
         error_event: Writes an error as the last event of the stream, where it is not the API's usual one.
     """
 
@@ -53,9 +53,9 @@ class HttpCall:
         return f"http:{self.request.transport.get_extra_info('peername')}" if self.request.transport else "http:"
 
     def deadline(self, *, is_stream: bool) -> Deadline:
-        """The deadline of the client. Raises StatusError.
+        """Return the deadline of the client. Raises StatusError for an invalid one.
 
-        Who does not stream waits for one thing only, so that the time between two reads is that for all of it.
+        A client that does not stream reads only once, so the limit between two reads is its limit for the whole answer.
         """
         total = self._seconds(_TOTAL_TIMEOUT, 1e-3)
         between_reads = self._seconds(_READ_TIMEOUT, 1.0)

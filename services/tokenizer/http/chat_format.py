@@ -36,7 +36,7 @@ class ChatStream(Format):
         answer_id: Its id.
         model: Name of the model.
         texts: Texts of the model's tokens.
-        echo: Beginning of each choice's content.
+        echo: Text with which each choice's content begins.
     """
 
     def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts, echo: str) -> None:
@@ -51,7 +51,7 @@ class ChatStream(Format):
         self._prompt_ids = ""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing: the first chunk comes with the first token, by which clients measure."""
+        """Return no text: the first chunk is sent with the first token, since clients measure latency by it."""
         count = self._request.n or 1  # which is within bounds now
         self._heads = [f'{self._head}{{"index":{index},"delta":{{' for index in range(count)]
         self._began = [False] * count
@@ -61,12 +61,12 @@ class ChatStream(Format):
         return ""
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """A chunk without a choice."""
+        """Return a chunk without a choice."""
         entries = prompt_entries(part, self._texts, self._request.prompt_logprobs or 0)
         return f'{self._head}],"prompt_logprobs":[{entries}]{self._usage.shown()}}}\n\n'
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """A chunk."""
+        """Return a chunk with new tokens."""
         index = delta.index
         self._usage.completion_tokens += delta.num_tokens
         if delta.parts is not None:
@@ -78,13 +78,13 @@ class ChatStream(Format):
         return chunk if self._began[index] or not chunk else self._role(index) + chunk
 
     def _parts(self, delta: Delta, parts: Sequence[Part]) -> str:
-        """A chunk for each part, and one without where there is none but the tokens are told of."""
+        """Return a chunk for each part. Log-probabilities and token ids are in the first, even if there is no part."""
         told = list(map(part_json, parts))
         first = "" if self._is_plain else self._rich(delta, told.pop(0) if told else "")
         return first + "".join([f"{self._heads[delta.index]}{part}}}{self._usage.plain_tail}" for part in told])
 
     def sample_end(self, prompt: int, sample: generation_pb2.SampleFinished) -> str:
-        """The last chunk of a choice."""
+        """Return the last chunk of a choice."""
         index = sample.index
         role = "" if self._began[index] else self._role(index)
         reason = f'"finish_reason":"{finish_reason(sample)}","stop_reason":{dump(stop_reason(sample))}'
@@ -122,7 +122,7 @@ class ChatStream(Format):
 
 
 class ChatDocument(Format):
-    """The answer in one. Arguments as for ChatStream."""
+    """The answer as one document. Arguments as for ChatStream."""
 
     def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts, echo: str) -> None:
         self._request = request
@@ -137,19 +137,19 @@ class ChatDocument(Format):
         self._prompt_ids = ""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Kept, as far as it is wanted."""
+        """Keep the prompt's token ids, if they are wanted."""
         if self._request.return_token_ids:
             self._prompt_ids = f',"prompt_token_ids":{dump(list(started.prompt_token_ids))}'
         return ""
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Kept."""
+        """Keep the values for the document."""
         num_top = self._request.prompt_logprobs or 0
         self._prompt.append(prompt_entries(part, self._texts, num_top))
         return ""
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """Kept."""
+        """Keep the values for the document."""
         self._contents[delta.index].append(delta.text)
         if delta.parts is not None:
             self._parts[delta.index] += delta.parts
@@ -161,7 +161,7 @@ class ChatDocument(Format):
         return ""
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The document."""
+        """Return the document."""
         (last,) = finished
         shown = final_usage_json(last.usage)
         choices = ",".join(map(self._choice, last.samples))

@@ -64,8 +64,8 @@ class ChatRequest(ShapedRequest, TemplateFields):
 
         Args:
             request_id: Its id, unless it names one itself.
-            content_is_text: Take special tokens' texts in messages for text.
-            tells_reasoning: The model reasons: tell that apart from text.
+            content_is_text: True if the texts of special tokens in messages are plain text.
+            tells_reasoning: True to separate the model's reasoning from text.
         """
         request = self.to_generate(request_id)
         add_messages(request.chat, self.messages)
@@ -102,7 +102,9 @@ class ChatRequest(ShapedRequest, TemplateFields):
             request.reasoning.budget_tokens = self.thinking_token_budget
 
     def echoed(self, chat: generation_pb2.Chat) -> str:
-        """Return what the answer begins with: the last message, where that is wanted and its speaker also answers."""
+        """Return the text with which the answer begins: the last message, if an echo is wanted and the answer either
+        continues that message or has the same role.
+        """
         if not self.echo or not chat.messages:
             return ""
         begins_one = not self.continue_final_message and self.add_generation_prompt is not False
@@ -111,7 +113,7 @@ class ChatRequest(ShapedRequest, TemplateFields):
 
     @property
     def names(self) -> dict[str, str]:
-        """The names of our fields here, where they differ from the rule."""
+        """The client's names of our fields, where they differ from the rule of `param_of`."""
         most = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         names = {
             "sampling.max_tokens": most,
@@ -130,7 +132,7 @@ class ChatRequest(ShapedRequest, TemplateFields):
 
 
 def _predicted(prediction: object) -> str:
-    """Return the text of OpenAI's `prediction`: what the answer is expected to repeat in parts."""
+    """Return the text of OpenAI's `prediction`, parts of which the answer is expected to repeat."""
     if not isinstance(prediction, dict):
         raise StatusError.invalid("prediction", "must be an object")
     if prediction.get("type") != "content":

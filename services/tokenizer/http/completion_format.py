@@ -30,7 +30,7 @@ class _Prompt:
 
     Args:
         request: The client's request.
-        text: The prompt's, where it is wanted.
+        text: The prompt's text, if it is to be repeated.
         texts: Texts of the model's tokens.
     """
 
@@ -54,12 +54,12 @@ class _Prompt:
         return ids
 
     def add(self, part: generation_pb2.PromptLogprobs) -> None:
-        """Log-probabilities of a part of it, where they are to be kept."""
+        """Keep log-probabilities of a part of the prompt, if they are wanted."""
         if self._is_shown or self._num_entries_top is not None:
             self._parts.append(part)
 
     def entries(self, parts: Sequence[generation_pb2.PromptLogprobs] | None = None) -> str:
-        """Return log-probabilities as a field of a choice, where they are wanted: of some parts, or of all."""
+        """Return log-probabilities of some parts, or of all, as a field of a choice; empty if they are not wanted."""
         if self._num_entries_top is None:
             return ""
         parts = self._parts if parts is None else parts
@@ -67,7 +67,7 @@ class _Prompt:
         return f',"prompt_logprobs":[{",".join(entries)}]'
 
     def logprobs(self) -> CompletionLogprobs | None:
-        """Begin the log-probabilities of one choice; None where none are wanted."""
+        """Make the log-probabilities of one choice; None if they are not wanted."""
         if self._num_top is None:
             return None
         made = CompletionLogprobs(self._texts, self._num_top)
@@ -98,12 +98,12 @@ class _Format(Format):
         self._shows_tokens = not request.is_prompt_alone
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing: the prompt is told with the first token."""
+        """Return no text: the prompt is sent with the first token."""
         self._prompts[prompt].start(started)
         return ""
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Kept."""
+        """Keep the values for later."""
         self._prompts[prompt].add(part)
         return ""
 
@@ -116,7 +116,7 @@ class _Format(Format):
         return self._logprobs[choice]
 
     def _ids_of(self, prompt: int, choice: int) -> str:
-        """The prompt's token ids, for the first part of its first choice."""
+        """Return the prompt's token ids, for the first chunk of its first choice."""
         return self._prompts[prompt].take_ids() if choice == self._choice_of(prompt, 0) else ""
 
     def _usage_of(self, finished: Sequence[generation_pb2.Finished]) -> str:
@@ -144,12 +144,14 @@ class CompletionStream(_Format):
         self._began: set[int] = set()
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing: the prompt is told with the first token."""
+        """Return no text: the prompt is sent with the first token."""
         self._usage.prompt_tokens += started.prompt_tokens
         return super().start(prompt, started)
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """A chunk of the prompt's first choice, where vLLM's are wanted; OpenAI's come with the first token."""
+        """Return a chunk of the prompt's first choice, if vLLM's format is wanted. OpenAI's come with the
+        first token.
+        """
         if self._is_echo:
             super().prompt_logprobs(prompt, part)
         if not (entries := self._prompts[prompt].entries([part])):
@@ -161,7 +163,7 @@ class CompletionStream(_Format):
         )
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """A chunk."""
+        """Return a chunk with new tokens."""
         choice = self._choice_of(prompt, delta.index)
         text = delta.text if self._shows_tokens else ""
         if choice not in self._began:
@@ -183,7 +185,7 @@ class CompletionStream(_Format):
         )
 
     def sample_end(self, prompt: int, sample: generation_pb2.SampleFinished) -> str:
-        """The last chunk of a choice."""
+        """Return the last chunk of a choice."""
         choice = self._choice_of(prompt, sample.index)
         text = "" if choice in self._began else self._prompts[prompt].text
         ids = self._ids_of(prompt, choice)
@@ -201,7 +203,7 @@ class CompletionStream(_Format):
 
 
 class CompletionDocument(_Format):
-    """The answer in one. Arguments as for _Format."""
+    """The answer as one document. Arguments as for _Format."""
 
     def __init__(
         self, request: CompletionRequest, answer_id: str, model: str, texts: TokenTexts, echoes: Sequence[str]
@@ -211,7 +213,7 @@ class CompletionDocument(_Format):
         self._ids: defaultdict[int, list[int]] = defaultdict(list)
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """Kept."""
+        """Keep the values for later."""
         if not self._shows_tokens:
             return ""
         choice = self._choice_of(prompt, delta.index)
@@ -224,7 +226,7 @@ class CompletionDocument(_Format):
         return ""
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The document."""
+        """Return the document."""
         choices = ",".join(
             self._choice(prompt, sample) for prompt, one in enumerate(finished) for sample in one.samples
         )

@@ -14,11 +14,11 @@ from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.v1 import generation_pb2
 
 _DEFAULT_TOKENS = 16
-"""OpenAI's: a completion that does not say how long it may be is short."""
+"""OpenAI's default of `max_tokens` for completions."""
 
 
 Prompt = str | list[int]
-"""A text, or token ids."""
+"""A prompt: text, or token ids."""
 
 
 class CompletionRequest(ShapedRequest):
@@ -58,7 +58,7 @@ class CompletionRequest(ShapedRequest):
         if self.max_tokens is None:
             shared.sampling.max_tokens = _DEFAULT_TOKENS
         if self.is_prompt_alone:
-            shared.sampling.max_tokens = 1  # the engine makes one at least, which is not shown
+            shared.sampling.max_tokens = 1  # the engine generates at least one token, which is not shown
             shared.sampling.ClearField("min_tokens")
         if self.logprobs is not None:
             shared.sampling.logprobs = self.logprobs
@@ -81,11 +81,11 @@ class CompletionRequest(ShapedRequest):
 
     @property
     def is_prompt_alone(self) -> bool:
-        """True if only the prompt is wanted, with its log-probabilities, and nothing that follows it."""
+        """True if only the prompt with its log-probabilities is wanted, without a completion."""
         return self.max_tokens == 0 and bool(self.echo)
 
     def names(self, number: int) -> dict[str, str]:
-        """The names of our fields here, for one of the prompts."""
+        """Return the client's names of our fields, for one of the prompts."""
         prompt = _param(number, len(self.prompt)) if is_several(self.prompt) else "prompt"
         return {"prompt": prompt, "tokens": prompt, "tokens.ids": prompt, "input": "prompt"} | {
             "sampling.logprobs": "logprobs",

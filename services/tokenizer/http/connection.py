@@ -1,4 +1,4 @@
-"""Bounds on connections: how many there are, and for how long a client may take nothing of what was written to it."""
+"""Limits of connections: their number, and the time for which a client may read nothing of its answer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ConnectionLimits:
 
     Attributes:
         max_connections: More are closed at once.
-        write_stall: Seconds for which a client may take nothing before its connection is cut off. Until then an answer
+        write_stall: Seconds for which a client may read nothing before its connection is aborted. Until then an answer
             costs the bytes in the socket's buffer, and its tokens.
-        open: Connections that stand.
+        open: The open connections.
     """
 
     max_connections: int
@@ -29,10 +29,10 @@ class ConnectionLimits:
 
 
 class BoundedConnection(asyncio.Protocol):
-    """Passes everything on to the protocol that speaks HTTP, and cuts the connection off where a limit is reached.
+    """Passes all events on to aiohttp's protocol, and aborts the connection if it exceeds a limit.
 
     Args:
-        inner: aiohttp's, which speaks HTTP.
+        inner: aiohttp's protocol, which implements HTTP.
         limits: Limits of all connections together.
     """
 
@@ -44,7 +44,7 @@ class BoundedConnection(asyncio.Protocol):
         self._is_malformed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client is there."""
+        """Accept the connection, or abort it if there are too many."""
         stream = cast(asyncio.Transport, transport)  # uvloop's are no subclasses
         if len(self._limits.open) >= self._limits.max_connections:
             stream.abort()
@@ -54,7 +54,7 @@ class BoundedConnection(asyncio.Protocol):
         self._inner.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone, or was cut off."""
+        """Forget the connection, which was closed or aborted."""
         if self._transport is None:
             return
         self._transport = None
@@ -63,7 +63,7 @@ class BoundedConnection(asyncio.Protocol):
         self._inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came."""
+        """Pass received bytes on, unless the connection has sent something that is not HTTP."""
         if self._transport is None:
             return
         if self._is_malformed:
@@ -72,36 +72,36 @@ class BoundedConnection(asyncio.Protocol):
         self._look_for_error()
 
     def eof_received(self) -> None:
-        """No more bytes will come."""
+        """Pass the end of the client's bytes on."""
         if self._transport is not None:
             self._inner.eof_received()
 
     def pause_writing(self) -> None:
-        """Note that the client does not take what was written."""
+        """Start the timer that aborts the connection, since the client does not read."""
         if self._transport is not None:
             loop = asyncio.get_running_loop()
             self._stall = loop.call_later(self._limits.write_stall, self._transport.abort)
             self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        """The client has taken what was written."""
+        """Stop the timer, since the client has read."""
         self._end_stall()
         if self._transport is not None:
             self._inner.resume_writing()
 
     def cut(self) -> None:
-        """End the connection now."""
+        """Abort the connection."""
         if self._transport is not None:
             self._transport.abort()
 
     def _look_for_error(self) -> None:
-        """Take note of a request that is no HTTP, which is refused and ends the connection.
+        """Detect a request that is not HTTP, after which all further bytes are ignored.
 
-        aiohttp does that a few turns of the event loop later. Until then it would make an error of each piece that
-        comes, and quote the piece in it. And each error is in a reference cycle with the frames that it passed, which
-        would keep all of it until the garbage collector comes by.
+        aiohttp ends the connection a few iterations of the event loop later. Until then it would make an error of each
+        received piece, which quotes that piece and is part of a reference cycle with stack frames, so that all of it
+        would stay in memory until a garbage collection.
         """
-        if queue := self._inner._messages:  # aiohttp tells of it in no other way
+        if queue := self._inner._messages:  # aiohttp has no public interface for that
             message, _ = queue[-1]
             if not isinstance(message, RawRequestMessage):
                 self._is_malformed = True

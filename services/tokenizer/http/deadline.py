@@ -1,4 +1,4 @@
-"""The waiting time of an HTTP client: for all of an answer, and for each part of it."""
+"""The time limits of an HTTP client: for a whole answer, and between its parts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from scalellm.services.common.errors import StatusError
 
 
 class Deadline:
-    """Cancels what runs in its context once the client waits no more. Leaving it then raises DEADLINE_EXCEEDED.
+    """Cancels the task in its context once the client's time is over. Leaving the context then raises
+    DEADLINE_EXCEEDED.
 
     Args:
-        total: Seconds for all of the answer; None: any.
-        gap: Seconds for its first part, and from each part to the next; None: any.
+        total: Seconds for the whole answer; None: no limit.
+        gap: Seconds for its first part, and from each part to the next; None: no limit.
     """
 
     def __init__(self, total: float | None = None, gap: float | None = None) -> None:
@@ -29,11 +30,11 @@ class Deadline:
         self._passed = False
 
     def progress(self) -> None:
-        """A part of the answer was written."""
+        """Restart the limit between parts, after a part of the answer was written."""
         self._last = self._loop.time()
 
     def time_remaining(self) -> float | None:
-        """Seconds for the rest of the answer; 0 once the client waits no more, for whatever."""
+        """Return the seconds left for the rest of the answer; 0 once either limit has passed; None: no limit."""
         if self._passed:
             return 0.0
         return self._end - self._loop.time() if self._end is not None else None

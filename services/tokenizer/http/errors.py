@@ -16,12 +16,12 @@ _Code = grpc.StatusCode
 
 
 class HttpError(StatusError):
-    """A refusal that has a status of its own in HTTP and none in gRPC.
+    """An error whose HTTP status has no counterpart in gRPC.
 
     Args:
-        status: HTTP's.
+        status: HTTP status.
         message: One sentence for the client.
-        code: The nearest status of gRPC, under which it is counted.
+        code: The nearest gRPC status, under which it is counted.
         field: The field at fault.
     """
 
@@ -34,10 +34,10 @@ class HttpError(StatusError):
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """The form of errors of one status.
+    """The representation of errors with one gRPC status.
 
     Attributes:
-        status: HTTP's.
+        status: HTTP status.
         openai: `type` of the error in OpenAI's APIs.
         anthropic: The same in Anthropic's.
         code: `code` in OpenAI's APIs.
@@ -71,13 +71,13 @@ _KINDS: Mapping[grpc.StatusCode, _Kind] = MappingProxyType(
 
 _NO_MODEL = replace(_KINDS[_Code.NOT_FOUND], code="model_not_found")
 
-# Clients repeat 409 and statuses from 500 on; repeating one of these gives the same error again.
+# Clients retry 409 and 5xx, but a retry after one of these statuses would give the same error.
 _FINAL = frozenset((_Code.ALREADY_EXISTS, _Code.DEADLINE_EXCEEDED, _Code.UNIMPLEMENTED))
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorFormat:
-    """The form of errors of one API.
+    """The format of errors of one API.
 
     Attributes:
         body: Writes an error.
@@ -88,7 +88,7 @@ class ErrorFormat:
     event: bytes = b"data: "
 
     def as_event(self, error: StatusError) -> bytes:
-        """An error as the last event of a stream."""
+        """Return an error as the last event of a stream."""
         return self.event + self.body(error) + b"\n\n"
 
 
@@ -99,16 +99,16 @@ def _kind(error: StatusError) -> _Kind:
 
 
 def http_status(error: StatusError) -> int:
-    """The status that a refusal has where nothing was answered yet."""
+    """Return the HTTP status of an error that occurs before the answer has begun."""
     return error.status if isinstance(error, HttpError) else _kind(error).status
 
 
 def error_headers(error: StatusError) -> dict[str, str]:
-    """Return the headers that say when to try again, or that it is no use."""
+    """Return the headers that tell the client when to retry, or not to."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after * 1e3)))
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))  # HTTP knows whole seconds
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))  # HTTP allows whole seconds only
     if error.code in _FINAL:
         headers["x-should-retry"] = "false"
     if error.code is _Code.UNAUTHENTICATED:

@@ -1,4 +1,4 @@
-"""Ids of a stream's events: a client that sends its request again, with the last id it got, is sent the rest."""
+"""Ids of a stream's events. A client that sends its request again, with the last id that it received, gets the rest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ChoicePlace:
 
     Attributes:
         num_tokens: Tokens that the client has.
-        num_events: Events that it has of those that come next, with more tokens or the end.
+        num_events: Events that it has in addition, of those that belong to the next tokens or the end.
         has_end: True if it has the end.
     """
 
@@ -34,7 +34,7 @@ class ChoicePlace:
 
     @classmethod
     def read(cls, text: str) -> Self | None:
-        """Return what `str` wrote; None where it did not."""
+        """Parse the text that `str` returns for a place; None if it is invalid."""
         found = _CHOICE.fullmatch(text)
         return cls(int(found[1]), int(found[2] or 0), bool(found[3])) if found else None
 
@@ -57,7 +57,7 @@ class Place:
 
     @classmethod
     def read(cls, event_id: str) -> Self:
-        """Return what an event's id says. Raises StatusError."""
+        """Parse an event's id. Raises StatusError if it is invalid."""
         request_id, _, rest = event_id.rpartition("/")
         choices = [ChoicePlace.read(text) for text in rest.split(",")]
         if not is_id(request_id) or None in choices:
@@ -65,7 +65,9 @@ class Place:
         return cls(request_id, [choice for choice in choices if choice is not None])
 
     def seen(self, num_prompts: int, num_samples: int) -> list[Sequence[ChoicePlace]]:
-        """Return the positions in each prompt's samples. Raises StatusError where the request has other choices."""
+        """Return the positions in each prompt's samples. Raises StatusError if the request has another number of
+        choices.
+        """
         num_choices = num_prompts * num_samples
         if len(self.choices) != num_choices:
             raise StatusError.invalid(
@@ -81,8 +83,8 @@ class NumberedFormat(Format):
         format: Writes the events.
         request_id: Id of the request.
         num_prompts: Prompts of the request.
-        num_samples: Samples of each, which may be more than a request may have until the first has started.
-        seen: The position of the client in each sample of each prompt, where it goes on: events before are left out.
+        num_samples: Samples of each prompt. Not checked against the limit until the first generation has started.
+        seen: The position of the client in each sample of each prompt, if it resumes. Events before it are left out.
     """
 
     def __init__(
@@ -98,12 +100,12 @@ class NumberedFormat(Format):
         self._num_samples = num_samples
         self._seen = seen
         self._counts: list[list[int]] = [[] for _ in range(num_prompts)]
-        """Tokens of each sample that the format was told of."""
+        """Number of tokens of each sample that were passed to the format."""
         self._places: list[list[ChoicePlace]] = [[] for _ in range(num_prompts)]
         self._is_kept = True
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """A generation was accepted."""
+        """Return the text for an accepted generation."""
         self._is_kept &= started.resumable
         self._counts[prompt] = [0] * self._num_samples
         none = [ChoicePlace()] * self._num_samples
@@ -111,12 +113,12 @@ class NumberedFormat(Format):
         return self._format.start(prompt, started)
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Log-probabilities of a part of a prompt, which who has tokens has, too."""
+        """Return the text for prompt log-probabilities, unless the client has tokens and therefore has these, too."""
         text = self._format.prompt_logprobs(prompt, part)
         return "" if any(place.num_tokens for place in self._places[prompt]) else text
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """New tokens, or ones that the client has."""
+        """Return the events for tokens, without those that the client has."""
         text, index = self._format.delta(prompt, delta), delta.index
         self._counts[prompt][index] += delta.num_tokens
         count, place = self._counts[prompt][index], self._places[prompt][index]
@@ -125,23 +127,23 @@ class NumberedFormat(Format):
         return self._numbered(text, prompt, index, ChoicePlace(count))
 
     def sample_end(self, prompt: int, sample: generation_pb2.SampleFinished) -> str:
-        """The end of a choice, or one that the client has."""
+        """Return the events for the end of a choice, unless the client has it."""
         text, place = self._format.sample_end(prompt, sample), self._places[prompt][sample.index]
         if place.has_end:
             return ""
         return self._numbered(text, prompt, sample.index, ChoicePlace(place.num_tokens, has_end=True))
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The last events. They have no ids: a client that has some of them is sent all again."""
+        """Return the last events. They have no ids, so a client that has some of them gets all of them again."""
         return self._format.end(finished)
 
     def _numbered(self, text: str, prompt: int, index: int, after: ChoicePlace) -> str:
-        """Return the events with ids, but for those that the client has, and move the place to what is behind them."""
+        """Return the events with ids, except those that the client has, and advance the place to `after`."""
         if not self._is_kept:
             return text
         places = self._places[prompt]
         before, numbered = places[index], []
-        events = text.split("\n\n")[:-1]  # texts are JSON, in which a line does not end
+        events = text.split("\n\n")[:-1]  # events contain JSON, which has no line breaks
         for number, event in enumerate(events, 1):
             places[index] = after if number == len(events) else ChoicePlace(before.num_tokens, number)
             if number > before.num_events:

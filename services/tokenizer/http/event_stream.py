@@ -8,17 +8,17 @@ import contextlib
 from aiohttp import web
 
 _SILENCE = 15.0
-"""Seconds without an event after which a comment is sent: proxies close connections on which nothing happens."""
+"""Seconds without an event after which a comment is sent, because proxies close idle connections."""
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # nginx would collect events
+    "x-accel-buffering": "no",  # nginx would buffer events
 }
 
 
 class EventStream:
-    """Writes events as they come. `open` it once; the headers then are with the client.
+    """Writes events as they come. `open` must be called once, and sends the headers.
 
     Args:
         request: The HTTP request.
@@ -39,19 +39,19 @@ class EventStream:
         self._keeper = asyncio.create_task(self._keep_alive())
 
     async def write(self, events: bytes) -> None:
-        """Send one or more events. Returns once the client's share of the buffer has room again."""
+        """Send one or more events. Returns once the write buffer has room again."""
         self._written_at = asyncio.get_running_loop().time()
         await self.response.write(events)
 
     async def close(self, last: bytes = b"") -> None:
-        """Send the last events; nothing comes after them."""
+        """Send the last events and end the stream."""
         self._stop()
         if last:
             await self.response.write(last)
         await self.response.write_eof()
 
     def abandon(self) -> None:
-        """The client has gone."""
+        """End the stream without an answer, because the client has left."""
         self._stop()
 
     def _stop(self) -> None:
@@ -61,7 +61,7 @@ class EventStream:
 
     async def _keep_alive(self) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(ConnectionError):  # whoever writes the next event will see it
+        with contextlib.suppress(ConnectionError):  # the next write raises it
             while True:
                 if (wait := self._written_at + self._silence - loop.time()) > 0:
                     await asyncio.sleep(wait)

@@ -1,4 +1,4 @@
-"""The frame around every HTTP request: keys, drain, bounds, errors, counts, headers."""
+"""The common handling of all HTTP requests: API keys, drain, limits, errors, metrics and headers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ BodyHandler = Callable[[HttpCall, JsonObject, CallAccount], Awaitable[web.Stream
 
 @dataclass(frozen=True, slots=True)
 class HttpFace:
-    """Makes handlers for aiohttp of ones that raise StatusError for every outcome but an answer.
+    """Wraps handlers, which raise StatusError for every outcome but an answer, for aiohttp.
 
     Attributes:
         edge: The worker.
         gate: Closed while the worker drains.
-        held: Bounds what callers make the worker hold.
-        on_end: Told of each call that ended.
-        cors_origins: Origins whose pages may call; `*`: all.
+        held: Limits the bytes that calls hold in the worker.
+        on_end: Called with each call that ended.
+        cors_origins: Origins whose web pages may call; `*`: all.
     """
 
     edge: Edge
@@ -61,17 +61,17 @@ class HttpFace:
         *,
         is_long: bool = False,
     ) -> None:
-        """Serve a path by a handler that reads no body. Who may call it stands in access.ROUTES.
+        """Serve a path by a handler that reads no body. `access.ROUTES` defines who may call it.
 
         Args:
             app: Application to which it is added.
             method: HTTP method.
             path: Path of the route, names in braces for what differs.
-            handler: Answers.
-            errors: The API's form of errors.
-            is_long: Calls may take long: the drain waits for them, and lets none begin.
+            handler: Answers a call.
+            errors: The API's format of errors.
+            is_long: True if calls may take long, so that the drain waits for them and admits no new ones.
         """
-        # A name in braces ends at a slash, unless it is given a pattern.
+        # A name in braces matches up to the next slash, unless it has a pattern.
         name = path.split(":")[0] + "}" if ":" in path else path
 
         async def serve(request: web.Request) -> web.StreamResponse:
@@ -95,7 +95,7 @@ class HttpFace:
 
         async def read(call: HttpCall) -> web.StreamResponse:
             async with self.held.call(self.edge.access.tenant().name, call.peer) as account:
-                if self.gate.is_closed:  # said before a long body is waited for
+                if self.gate.is_closed:  # refuse before a long body is read
                     self.gate.enter()
                 body = await call.read_json(account, self.edge.limits.max_body_bytes)
                 with self.gate.running():
@@ -106,7 +106,7 @@ class HttpFace:
     async def _serve(self, call: HttpCall, handler: Handler, errors: ErrorFormat) -> web.StreamResponse:
         if (refusal := self._refusal(call)) is not None:
             return _error_response(refusal, errors)
-        code = grpc.StatusCode.CANCELLED  # which is all that ends a call without passing one of the lines below
+        code = grpc.StatusCode.CANCELLED  # a cancellation passes none of the lines below
         try:
             response = await handler(call)
             code = grpc.StatusCode.OK
@@ -127,7 +127,7 @@ class HttpFace:
         return _error_response(failure, errors)
 
     def _refusal(self, call: HttpCall) -> StatusError | None:
-        """Return the reason why a call is not let in; None if it is."""
+        """Return the error of a call that is not admitted; None if it is."""
         access = self.edge.access
         try:
             if not access.is_open:

@@ -1,4 +1,4 @@
-"""/v1/fleet: the line as it is now, once or once a second."""
+"""/v1/fleet: the current state of the deployment, once or every second."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from scalellm.services.tokenizer.rpc import CallGate
 
 
 class FleetRoutes:
-    """Tells of the fleet.
+    """Serves the state of the deployment.
 
     Args:
         watch: Takes snapshots.
-        gate: Closed while the worker drains: streams end then, as they would never by themselves.
+        gate: Closed while the worker drains, which ends the streams, as they never end by themselves.
     """
 
     def __init__(self, watch: FleetWatch, gate: CallGate) -> None:
@@ -34,7 +34,7 @@ class FleetRoutes:
         face.add(app, hdrs.METH_GET, "/v1/fleet", self.fleet)
 
     async def fleet(self, call: HttpCall) -> web.StreamResponse:
-        """A snapshot; with `stream=true` one a second, until the client leaves or the worker drains."""
+        """Return a snapshot, or with `stream=true` one per second until the client leaves or the worker drains."""
         async with self._watch.watching() as following:
             if call.request.query.get("stream", "").lower() not in ("true", "1"):
                 return web.Response(body=await following(), content_type="application/json")
@@ -49,8 +49,8 @@ class FleetRoutes:
 
 
 def make_fleet_watch(edge: Edge, settings: TokenizerSettings) -> FleetWatch:
-    """Return what takes snapshots for one worker."""
-    # Where the supervisor told prometheus_client to keep the workers' files, if they count.
+    """Make the FleetWatch of one worker."""
+    # The folder that the supervisor set for prometheus_client, if there are metrics.
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     has_metrics = settings.metrics_port is not None and folder is not None
     snapshots = Snapshots(

@@ -1,4 +1,4 @@
-"""Responses that outlive their calls: as they are now, and for whoever goes on with them or reads them later."""
+"""Kept responses, which outlive their calls: their current state, and their storage for later reads and turns."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from scalellm.v1 import generation_pb2
 _Format = TypeVar("_Format", bound=ResponseDocument)
 
 _NONE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
-"""Nothing is kept under an id; or nothing at all, without Redis."""
+"""Statuses for an id under which no request is kept, and for a service without Redis, which keeps none."""
 
 
 class KeptResponses:
-    """Finds them, and makes of them what Responses tell.
+    """Finds kept responses and writes them in the format of the Responses API.
 
     Args:
         edge: The worker.
@@ -42,7 +42,7 @@ class KeptResponses:
         self._edge = edge
 
     async def find(self, tenant: Tenant, response_id: str) -> KeptRequest | None:
-        """Return a response that runs, or ran not long ago; None: there is none. Raises StatusError UNAVAILABLE."""
+        """Return a running or recent response; None if there is none. Raises StatusError UNAVAILABLE."""
         try:
             kept = await self._edge.kept.find(self._edge.models, tenant, response_id)
         except StatusError as error:
@@ -52,7 +52,7 @@ class KeptResponses:
         return kept if kept.head.asked else None  # another API's request
 
     def format(self, make: type[_Format], kept: KeptRequest) -> _Format:
-        """Return the format of a response, as it was made when that began."""
+        """Make the format of a response, equal to the one that was made when it began."""
         asked = json.loads(kept.head.asked)
         request = ResponsesRequest.model_validate(asked["request"])
         edge = kept.edge
@@ -68,7 +68,7 @@ class KeptResponses:
         )
 
     async def read(self, tenant: Tenant, kept: KeptRequest) -> ResponseDocument:
-        """Return a response as it is now, and store it if it is complete. Raises StatusError UNAVAILABLE."""
+        """Return the current state of a response, and store it if it is complete. Raises StatusError UNAVAILABLE."""
         format = self.format(ResponseDocument, kept)
         await kept.look()
         if not kept.transcript.is_over:
@@ -93,7 +93,7 @@ class KeptResponses:
     async def store(self, tenant: Tenant, format: ResponseDocument, messages: Sequence[Message]) -> None:
         """Store a response with the conversation before it, unless its client does not want that.
 
-        The answer says whether it was done. Storing a response again changes nothing.
+        The response states whether it was stored. Storing it again changes nothing.
         """
         if format.request.store is False or not self._edge.sessions.is_on:
             return
@@ -112,12 +112,12 @@ def as_session(format: ResponseDocument, messages: Sequence[Message]) -> Session
 
 
 def asked_for(request: ResponsesRequest, created_at: int) -> bytes:
-    """Return what has to be known beside the messages to tell a response: see Head.asked."""
+    """Return the data that is needed in addition to the messages to write a response; see Head.asked."""
     fields = request.model_dump(exclude={"input"}, exclude_unset=True)
     return json.dumps({"created_at": created_at, "request": fields}).encode()
 
 
 def said(kept: KeptRequest, request: ResponsesRequest) -> Sequence[Message]:
-    """Return the conversation that a response answers, without its instructions."""
+    """Return the conversation that a response answers, without the instructions."""
     messages = list(map(Message.of_wire, kept.head.request.chat.messages))
     return messages[1 if request.instructions else 0 :]

@@ -1,4 +1,4 @@
-"""The HTTP port of a worker: listens beside the other workers' on the same port, with TLS where that is configured."""
+"""The HTTP listener of a worker, on a port that all workers share, with TLS if that is configured."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from scalellm.services.tokenizer.http.connection import BoundedConnection, Conne
 from scalellm.services.tokenizer.http.errors import OPENAI_ERRORS, HttpError
 
 _IDLE = 75.0
-"""Seconds within which the head of a request has to be complete, from the connection's start or the last answer's
-end."""
+"""Seconds within which the headers of a request must be complete, since the start of the connection or the end of the
+last answer."""
 
 _LINGER = 2.0
-"""Seconds for which the rest of a request is read that was refused, so that its client sees the answer."""
+"""Seconds for which the rest of a refused request is read, so that its client receives the answer."""
 
 _BACKLOG = 1024
 _CONTINUE = "100-continue"
@@ -46,7 +46,7 @@ class HttpListener:
         host: Address to listen on.
         port: Port to listen on.
         tls: TLS files of the listener.
-        max_connections: Most connections; more are closed at once. None: half as many as the process may have files.
+        max_connections: Most connections; more are closed at once. None: half of the process's limit of open files.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class HttpListener:
             app,
             access_log=None,
             logger=_silent,
-            auto_decompress=False,  # a few bytes would stand for a body of any length
+            auto_decompress=False,  # else a few compressed bytes could expand to any length
             handler_cancellation=True,
             keepalive_timeout=_IDLE,
             lingering_time=_LINGER,
@@ -70,7 +70,7 @@ class HttpListener:
 
     @property
     def num_connections(self) -> int:
-        """Connections that stand now."""
+        """Number of open connections."""
         return len(self._limits.open)
 
     async def start(self) -> None:
@@ -111,9 +111,9 @@ class HttpListener:
 
 
 def _refusing_expectations(handler: _Handler) -> _Handler:
-    """A handler that refuses what clients cannot expect, as all else is refused.
+    """Wrap a handler so that an unsupported `Expect` header is refused like any other error.
 
-    An application would do that before it calls any handler of ours, and fail with 500 for bytes that are not UTF-8.
+    aiohttp's application would refuse it before it calls our handler, and fail with 500 if it is not UTF-8.
     """
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:

@@ -9,7 +9,7 @@ from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.v1 import common_pb2, generation_pb2
 
 _LOWEST = -9999.0
-"""For a probability of 0, as vLLM has it: JSON has no infinity."""
+"""Log-probability for a probability of 0, as in vLLM, because JSON has no infinity."""
 
 
 def _number(value: float) -> str:
@@ -45,8 +45,8 @@ def _chat_token(token_id: int, logprob: float, texts: TokenTexts) -> str:
 def prompt_entries(part: generation_pb2.PromptLogprobs, texts: TokenTexts, num_top: int) -> str:
     """Return entries of vLLM's `prompt_logprobs`, with commas in between.
 
-    An entry is null for a prompt's first token, else the `num_top` most likely tokens and the prompt's own, by their
-    ids. The rank of one that is not among the most likely ones is not known: null.
+    An entry is null for a prompt's first token, else the `num_top` most likely tokens and the prompt's own token, by
+    their ids. The rank of the prompt's token is null if it is not among the most likely ones.
     """
     values, entries = part.logprobs, []
     for number, token_id in enumerate(part.token_ids):
@@ -94,7 +94,7 @@ class CompletionLogprobs:
         self._offsets: list[str] = []
 
     def add(self, token_ids: Sequence[int], values: common_pb2.TokenLogprobs, *, begins_text: bool = False) -> None:
-        """More tokens. With `begins_text` the first one has nothing before it that could make it likely."""
+        """Add tokens. With `begins_text` the first one has no log-probability, because no token precedes it."""
         for number, token_id in enumerate(token_ids):
             self._tokens.append(quote(_text(token_id, self._texts)))
             self._offsets.append(str(self._offset))
@@ -117,7 +117,7 @@ class CompletionLogprobs:
             self._top.append(dump(top))
 
     def take(self) -> str:
-        """Return what was added since the last time."""
+        """Return the entries that were added since the last call."""
         text = (
             f'{{"tokens":[{",".join(self._tokens)}],"token_logprobs":[{",".join(self._values)}],'
             f'"top_logprobs":[{",".join(self._top)}],"text_offset":[{",".join(self._offsets)}]}}'

@@ -1,4 +1,4 @@
-"""Conversations as JSON: messages with texts, calls of functions and what these returned."""
+"""Conversations as JSON: messages with texts, calls of functions, and results of functions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from scalellm.services.common.sent_text import as_text
 from scalellm.services.tokenizer.http.tool_fields import add_calls
 from scalellm.v1 import generation_pb2
 
-# Other contents of a message would have to reach the model, or the answer would be to another conversation.
+# Messages with other contents are refused, because ignoring these would change the conversation.
 _REFUSED = ("function_call", "audio")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _REASONING = ("reasoning", "reasoning_content")
 _ROLES = {"developer": "system"}
-"""Roles that chat templates do not know, and what they stand for."""
+"""Roles that chat templates do not know, and the roles that replace them."""
 
 
 def add_messages(chat: generation_pb2.Chat, value: object, param: str = "messages") -> None:

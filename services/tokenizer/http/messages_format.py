@@ -50,17 +50,17 @@ class MessageStream(Format):
         """Kind of the open block; None: none is open."""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """The message begins."""
+        """Return the event for the beginning of the message."""
         usage = _usage(common_pb2.Usage(prompt_tokens=started.prompt_tokens))
         message = f'{{{self._head},"content":[],"stop_reason":null,"stop_sequence":null,"usage":{usage}}}'
         return _event("message_start", f',"message":{message}')
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """More of a block, or another one."""
+        """Return the events for more text of a block, or for new blocks."""
         return "".join(map(self._part, parts_of(delta)))
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The last block ends, and the message."""
+        """Return the events for the end of the last block and of the message."""
         (last,) = finished
         rest = f',"delta":{{{_end(last.samples[0])}}},"usage":{_usage(last.usage)},"latency":{latency_json(finished)}'
         none = self._open(Part(PartKind.TEXT, "")) if self._index < 0 else ""
@@ -101,14 +101,14 @@ class MessageStream(Format):
 
 
 class MessageDocument(Format):
-    """The answer in one. Arguments as for MessageStream."""
+    """The answer as one document. Arguments as for MessageStream."""
 
     def __init__(self, answer_id: str, model: str) -> None:
         self._head = f'"id":{quote(answer_id)},"type":"message","role":"assistant","model":{quote(model)}'
         self._parts: list[Part] = []
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """Kept."""
+        """Keep the values for the document."""
         for part in parts_of(delta):
             last = self._parts[-1] if self._parts else None
             if last is not None and part.kind is last.kind and not part.call_id:
@@ -118,7 +118,7 @@ class MessageDocument(Format):
         return ""
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The document."""
+        """Return the document."""
         (last,) = finished
         blocks = [shown for part in self._parts if (shown := self._block(part))] or ['{"type":"text","text":""}']
         return (
@@ -127,7 +127,7 @@ class MessageDocument(Format):
         )
 
     def _block(self, part: Part) -> str:
-        """Return a block; empty for a call that was cut off."""
+        """Return a part as a block; empty for a call that was cut off."""
         match part.kind:
             case PartKind.TEXT:
                 return f'{{"type":"text","text":{quote(part.text)}}}'

@@ -43,7 +43,7 @@ class MessagesRequest(ApiRequest):
 
     @cached_property
     def _conversation(self) -> tuple[generation_pb2.Chat, dict[str, str]]:
-        """The conversation, and what the client calls its messages."""
+        """Return the conversation, and the client's names of our fields of its messages."""
         chat, names = generation_pb2.Chat(), {}
         if self.system is not None and (system := text_of(self.system, "system")):
             chat.messages.add(role="system", content=system)
@@ -61,8 +61,8 @@ class MessagesRequest(ApiRequest):
 
         Args:
             request_id: Its id.
-            content_is_text: Take special tokens' texts in messages for text.
-            tells_reasoning: The model reasons: tell that apart from text.
+            content_is_text: True if the texts of special tokens in messages are plain text.
+            tells_reasoning: True to separate the model's reasoning from text.
         """
         if self.max_tokens is None:
             raise StatusError.invalid("max_tokens", "is required")
@@ -92,7 +92,7 @@ class MessagesRequest(ApiRequest):
 
     @property
     def names(self) -> dict[str, str]:
-        """The names of our fields here."""
+        """The client's names of our fields."""
         _, names = self._conversation
         return {
             "stop": "stop_sequences",

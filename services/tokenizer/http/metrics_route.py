@@ -1,4 +1,4 @@
-"""/metrics on the HTTP port: what the service's own endpoint says, but for its processes."""
+"""/metrics on the HTTP port: the same as the service's metrics endpoint, without the metrics of its processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scalellm.services.tokenizer.metrics import WorkersCollector
 
 
 class MetricsRoute:
-    """Renders the metrics of all workers, one question at a time, on a thread.
+    """Renders the metrics of all workers in a thread, one scrape at a time.
 
     Args:
         settings: The service's.

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/chat/completions and /v1/completions, and the end of those that outlive their calls."""
+"""OpenAI's /v1/chat/completions and /v1/completions, and the cancellation of kept ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from scalellm.v1 import generation_pb2
 
 
 class OpenAiRoutes:
-    """Generates.
+    """Serves the routes that generate.
 
     Args:
         edge: The worker.
@@ -65,7 +65,7 @@ class OpenAiRoutes:
         return await self._serve(edge, call, request, requests, [request.names], format, place)
 
     async def cancel(self, call: HttpCall) -> web.StreamResponse:
-        """End a request that is kept, which OpenAI has no call for. One that has ended stays as it is."""
+        """Cancel a kept request, for which OpenAI has no route. One that has ended is not changed."""
         request_id = call.request.match_info["request_id"]
         validate_id(request_id, "request_id")
         await self._edge.kept.cancel(self._edge.models, self._edge.access.tenant(), request_id)
@@ -107,7 +107,7 @@ class OpenAiRoutes:
         return await serve(edge, call, requests, names, format, is_stream=bool(request.stream), seen=offsets)
 
     async def _echoes(self, edge: Edge, prompts: Sequence[Prompt]) -> list[str]:
-        """The texts of prompts. Long ones are made when it is the caller's turn."""
+        """Return the texts of prompts. Long ones are decoded when it is the caller's turn."""
         builder = edge.prompts
         num_tokens = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
         if num_tokens <= INLINE_TOKENS:
@@ -117,7 +117,9 @@ class OpenAiRoutes:
 
 
 def _place(call: HttpCall, request: SamplingRequest) -> Place | None:
-    """From where on a kept answer is to be sent, if that is asked for. The call then has the id of its request."""
+    """Return the position from which a kept answer is resumed, and set the call's request id; None if it is not
+    resumed.
+    """
     event_id = call.request.headers.get(HEADER)
     if event_id is None:
         return None

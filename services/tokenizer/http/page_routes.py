@@ -27,13 +27,13 @@ _TYPES: Mapping[str, str] = MappingProxyType(
 )
 _HEADERS: Mapping[str, str] = MappingProxyType(
     {
-        # Whatever found its way into a page could neither run nor send anything elsewhere.
+        # Code that was injected into a page can neither run nor send data elsewhere.
         "content-security-policy": (
             "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'none'; frame-ancestors 'none'"
         ),
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
-        # Asked for again each time, and answered with 304 unless the release changed.
+        # Browsers ask again each time, and get 304 unless the release has changed.
         "cache-control": "no-cache",
     }
 )
@@ -49,7 +49,7 @@ class _File:
 
 
 class PageRoutes:
-    """Serves the pages, which everybody may read: they hold nothing, and call the API with their reader's key."""
+    """Serves the pages. They are public, because they contain no data and call the API with the user's own key."""
 
     def __init__(self) -> None:
         self._files = {path.name: _read(path) for path in _FOLDER.iterdir() if path.suffix in _TYPES}

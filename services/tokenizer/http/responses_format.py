@@ -25,8 +25,8 @@ from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.v1 import common_pb2, generation_pb2
 
 _HEAD_EVENTS = 4
-"""Events of a stream before those with text, where there is nothing but text. That of a kept one with the text up to
-token k has the number _HEAD_EVENTS - 1 + k."""
+"""Number of events of a stream before those with text, if the answer is only text. In a kept stream, the event with the
+text up to token k has the number _HEAD_EVENTS - 1 + k."""
 
 _NUMBERS_PER_TOKEN = 16
 """Sequence numbers per token. Where reasoning and calls are told apart, a token may begin or end several items: events
@@ -38,7 +38,7 @@ _UNFINISHED = MappingProxyType({"cancelled": "incomplete", "failed": "incomplete
 
 
 class ResponseDocument(Format):
-    """The answer in one. Made twice of the same, it says the same.
+    """The answer as one document. The same arguments and events give the same document.
 
     Args:
         request: The client's request.
@@ -48,7 +48,7 @@ class ResponseDocument(Format):
         texts: Texts of the model's tokens.
         sampling: Sampling parameters, the model's own settings included.
         is_stored: True if it will be stored.
-        has_items: Reasoning and calls are items of their own.
+        has_items: True if reasoning and calls are items of their own.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ResponseDocument(Format):
         self._num_top = request.top_logprobs or 0
         used = MessageToDict(
             sampling, preserving_proto_field_name=True
-        )  # the shortest text of a float32, as it was given
+        )  # the shortest text of the float32, which is the number as the client wrote it
         self.response: dict[str, Any] = {
             "id": response_id,
             "object": "response",
@@ -108,20 +108,20 @@ class ResponseDocument(Format):
         return Message.answer(self.parts)
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing. Raises StatusError where a background response cannot be kept."""
+        """Return no text. Raises StatusError if a background response cannot be kept."""
         if self.request.background and not started.resumable:
             raise StatusError.unavailable("background: the response cannot be kept now, Redis is away or full", 1.0)
         return ""
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """Kept."""
+        """Keep the parts for the document."""
         for part in parts_of(delta):
             self.add(part)
         self.keep(delta)
         return ""
 
     def keep(self, delta: Delta) -> str:
-        """Keep the logprobs of a delta with the message that grows, and return them, with commas in between."""
+        """Add the log-probabilities of a delta to the current message, and return them, with commas in between."""
         if delta.logprobs is None or not delta.token_ids or not self.items or self.items[-1].kind is not PartKind.TEXT:
             return ""
         entries = chat_entries(delta.token_ids, delta.logprobs, self._texts, self._num_top)
@@ -156,7 +156,7 @@ class ResponseDocument(Format):
         self.response["latency"] = json.loads(latency_json(finished))
 
     def fail(self, error: StatusError) -> None:
-        """Make the response one that did not finish."""
+        """Mark the response as failed or cancelled."""
         is_cancelled = error.code is grpc.StatusCode.CANCELLED
         self.response["status"] = "cancelled" if is_cancelled else "failed"
         if not is_cancelled:
@@ -165,11 +165,11 @@ class ResponseDocument(Format):
             self.response["error"] = {"code": code, "message": error.message}
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The document."""
+        """Return the document."""
         return self.whole()
 
     def whole(self) -> str:
-        """The response with its output, which it has once it ended."""
+        """Return the response as JSON, with its output once it has ended."""
         if self.response["status"] == "in_progress":
             return dump(self.response)
         rest = {name: value for name, value in self.response.items() if name != "output"}
@@ -188,10 +188,10 @@ class ResponseDocument(Format):
 class ResponseStream(ResponseDocument):
     """The answer as events. Arguments as for ResponseDocument.
 
-    Events are numbered. Where the response is kept, the number of an event follows from the tokens before it, however
-    they come, so that a client can go on from it: numbers are left out where one event has the text of several tokens.
-    Where there are items, Deltas of a kept response are of one token each (`Answer.by_token`), as a client may go on
-    between the events of one.
+    Events are numbered. In a kept response, the number of an event depends only on the number of tokens before it, so
+    that a client can resume from it. Numbers are skipped if one event has the text of several tokens. If there are
+    items, Deltas of a kept response have one token each (`Answer.by_token`), because a client may resume between the
+    events of one token.
 
     Attributes:
         starting_after: Events up to this number are left out.
@@ -203,7 +203,7 @@ class ResponseStream(ResponseDocument):
 
     @property
     def _place(self) -> str:
-        """The item that grows."""
+        """Return the JSON fields that identify the current item in an event."""
         return f'"item_id":"{self.items[-1].item_id}","output_index":{len(self.items) - 1}'
 
     @property
@@ -214,7 +214,7 @@ class ResponseStream(ResponseDocument):
         return 1 + _NUMBERS_PER_TOKEN * self._num_tokens if self.has_items else _HEAD_EVENTS - 1 + self._num_tokens
 
     def tokens_before(self, number: int) -> int:
-        """Return how many tokens a client has that has the events of a kept stream up to this number."""
+        """Return how many tokens a client has that has received a kept stream's events up to this number."""
         return max(0, (number - 1) // _NUMBERS_PER_TOKEN if self.has_items else number - _HEAD_EVENTS + 1)
 
     def _event(self, name: str, rest: str, number: int = 0) -> str:
@@ -224,14 +224,14 @@ class ResponseStream(ResponseDocument):
         return f'event: {name}\ndata: {{"type":"{name}","sequence_number":{self._number},{rest}}}\n\n'
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """The response begins, and its only item where there is but one."""
+        """Return the events for the beginning of the response, and of its item if it is only text."""
         super().start(prompt, started)
         begun = f'"response":{dump(self.response)}'
         head = self._event("response.created", begun) + self._event("response.in_progress", begun)
         return head if self.has_items else head + self._opened()
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """More of an item, or another one."""
+        """Return the events for more text of an item, or for new items."""
         if not self.has_items:
             return self._text_alone(delta)
         events = []
@@ -259,7 +259,7 @@ class ResponseStream(ResponseDocument):
         return self._more(delta.text, logprobs, self._token_number)
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The last item ends, and the response."""
+        """Return the events for the end of the last item and of the response."""
         self._number = max(self._number, self._token_number)
         name = "response.completed" if self.response["status"] == "completed" else "response.incomplete"
         begun = ""
@@ -269,7 +269,7 @@ class ResponseStream(ResponseDocument):
         return begun + self._closed(self._status) + self._event(name, f'"response":{self.whole()}')
 
     def _opened(self) -> str:
-        """Events with which an item begins."""
+        """Return the events with which an item begins."""
         item = self.items[-1]
         index = f'"output_index":{len(self.items) - 1}'
         added = self._event("response.output_item.added", f'{index},"item":{item.json("in_progress", is_empty=True)}')
@@ -289,7 +289,7 @@ class ResponseStream(ResponseDocument):
         return self._event("response.output_text.delta", rest, number)
 
     def _closed(self, status: str) -> str:
-        """Events with which an item ends."""
+        """Return the events with which an item ends."""
         item, place = self.items[-1], self._place
         if item.kind is PartKind.CALL:
             rest = f'{place},"name":{quote(item.name)},"arguments":{quote(item.text)}'
@@ -306,6 +306,6 @@ class ResponseStream(ResponseDocument):
         return done + self._event("response.output_item.done", f'{index},"item":{item.json(status)}')
 
     def failed(self, error: StatusError) -> bytes:
-        """The last event of a stream that failed."""
+        """Return the last event of a stream that failed."""
         rest = f'"code":{quote(error_code(error))},"message":{quote(error.message)},"param":{dump(error.field or None)}'
         return self._event("error", rest, self.starting_after + 1).encode()

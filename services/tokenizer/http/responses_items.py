@@ -1,4 +1,4 @@
-"""Items of the Responses API: what a response consists of, and what it answers."""
+"""Items of the Responses API, of which inputs and responses consist."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class OutputItem:
 
     @classmethod
     def begin(cls, part: Part, number: int, response_id: str) -> OutputItem:
-        """Return the item that a part begins, of which it has nothing yet."""
+        """Make the empty item that a part begins."""
         end = response_id.removeprefix("resp_")
         item_id = f"{_PREFIXES[part.kind]}_{end}" + (f"_{number}" if number else "")
         return cls(part.kind, item_id, part.call_id, part.name)
 
     def has_more(self, part: Part) -> bool:
-        """True if a part is more of this item."""
+        """True if a part continues this item."""
         return part.kind is self.kind and not part.call_id
 
     @property
     def text(self) -> str:
-        """All of it so far."""
+        """The text so far."""
         return "".join(self.texts)
 
     def json(self, status: str, *, is_empty: bool = False) -> str:
-        """Return the item; `is_empty`: as it is where it begins."""
+        """Return the item as JSON; is_empty: True for its form at the beginning."""
         head = f'{{"id":"{self.item_id}","status":"{status}"'
         part = "" if is_empty else self.part()
         match self.kind:
@@ -75,9 +75,9 @@ class OutputItem:
 
 
 def messages_of(items: object) -> tuple[list[Message], list[int]]:
-    """Return the messages of an input, and which item each of them begins with. Raises StatusError.
+    """Return the messages of an input, and the index of the item with which each begins. Raises StatusError.
 
-    Calls belong to the assistant's message before them, and reasoning to the one behind it.
+    Calls are added to the assistant's message before them, and reasoning to the message after it.
     """
     if not isinstance(items, list):
         raise StatusError.invalid("input", "must be a string or a list of items")

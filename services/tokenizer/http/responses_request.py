@@ -36,7 +36,7 @@ class Reasoning(ApiRequest):
 
 
 class ResponsesRequest(ApiRequest):
-    """A response to a text or to items, on its own or behind an earlier response."""
+    """A request for a response to a text or to items, with or without an earlier response before it."""
 
     model: str | None = None
     input: Any = None
@@ -75,11 +75,13 @@ class ResponsesRequest(ApiRequest):
 
     @property
     def is_kept(self) -> bool:
-        """True if the response is to outlive its call."""
+        """True if the response shall outlive its call."""
         return bool(self.background) or self.on_disconnect == "keep"
 
     def check(self, *, can_keep: bool) -> None:
-        """Raise StatusError where fields contradict each other, or the service cannot keep what is to be kept."""
+        """Raise StatusError if fields contradict each other, or the response shall be kept and the service cannot keep
+        any.
+        """
         if not self.background:
             return
         if self.store is False:
@@ -101,7 +103,7 @@ class ResponsesRequest(ApiRequest):
 
     @cached_property
     def _input(self) -> tuple[list[Message], list[int]]:
-        """The messages of the input, and which of its items each begins with."""
+        """Return the messages of the input, and the index of the item with which each begins."""
         if isinstance(self.input, str):
             return [Message("user", as_text(self.input, "input"))], []
         return messages_of(self.input)
@@ -121,14 +123,14 @@ class ResponsesRequest(ApiRequest):
             request_id: Its id.
             history: The messages before.
             said: The input.
-            content_is_text: Take special tokens' texts in messages for text.
-            tells_reasoning: The model reasons: tell that apart from text.
+            content_is_text: True if the texts of special tokens in messages are plain text.
+            tells_reasoning: True to separate the model's reasoning from text.
         """
         request = generation_pb2.GenerateRequest(request_id=request_id)
         if self.is_kept:
             request.on_disconnect = generation_pb2.ON_DISCONNECT_KEEP
         request.chat.content_is_text = content_is_text
-        # Instructions hold for this response alone: the next one has its own, or none.
+        # Instructions apply to this response alone, so they are not stored with the conversation.
         instructions = [Message("system", as_text(self.instructions, "instructions"))] if self.instructions else []
         request.chat.messages.extend(message.to_wire() for message in (*instructions, *history, *said))
         set_tools(request.chat, self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
@@ -162,7 +164,7 @@ class ResponsesRequest(ApiRequest):
         return bool(self.top_logprobs) or _LOGPROBS in (self.include or ())
 
     def names(self, num_before: int) -> dict[str, str]:
-        """The names of our fields here, with so many messages before those of the input."""
+        """Return the client's names of our fields, given the number of messages before those of the input."""
         _, begins = self._input
         items = {f"chat.messages[{num_before + number}]": f"input[{index}]" for number, index in enumerate(begins)}
         return {

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses. One that is stored is a session of its own: the conversation up to it, and its document."""
+"""OpenAI's /v1/responses. A stored response is a session of its own: the conversation up to it, and its document."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ONE = f"{_PATH}/{{response_id}}"
 
 
 class ResponsesRoutes:
-    """Generates, and tells what was generated.
+    """Serves the routes that generate, read and delete responses.
 
     Args:
         edge: The worker.
@@ -58,7 +58,7 @@ class ResponsesRoutes:
         face.add(app, hdrs.METH_GET, f"{_ONE}/input_items", self.input_items)
 
     async def create(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
-        """Answer, behind an earlier response if one is named."""
+        """Generate a response, which continues an earlier one if that is named."""
         request = ResponsesRequest.read(body, is_strict=self._is_strict)
         self._edge.models.choose(request.model)
         request.check(can_keep=self._edge.sessions.is_on)
@@ -114,7 +114,7 @@ class ResponsesRoutes:
         format: ResponseDocument,
         names: Mapping[str, str],
     ) -> web.StreamResponse:
-        """Begin a response, and leave it running. Raises StatusError."""
+        """Start a background response and return its first state. Raises StatusError."""
         deadline = call.deadline(is_stream=True)
         generation = Generation(edge, made, HttpCaller(call, deadline), asked)
         try:
@@ -127,7 +127,7 @@ class ResponsesRoutes:
         return _document(format.whole())
 
     async def get(self, call: HttpCall) -> web.StreamResponse:
-        """A response as it is now, or with `stream=true` its events from `starting_after` on."""
+        """Return the current state of a response, or with `stream=true` its events after `starting_after`."""
         tenant, response_id = self._edge.access.tenant(), call.request.match_info["response_id"]
         if call.request.query.get("stream", "").lower() in ("true", "1"):
             return await self._stream(call, tenant, response_id)
@@ -161,7 +161,7 @@ class ResponsesRoutes:
         )
 
     async def delete(self, call: HttpCall) -> web.StreamResponse:
-        """Forget a response, and end it if it runs. Those behind it stay."""
+        """Delete a response, after cancelling it if it runs. Responses that continue it are kept."""
         response_id = call.request.match_info["response_id"]
         tenant = self._edge.access.tenant()
         kept = await self._kept.find(tenant, response_id) if is_id(response_id) else None
@@ -173,7 +173,7 @@ class ResponsesRoutes:
         return json_answer({"id": response_id, "object": "response", "deleted": True})
 
     async def cancel(self, call: HttpCall) -> web.StreamResponse:
-        """End a response that outlives its call. One that has ended stays as it is."""
+        """Cancel a kept response. One that has ended is not changed."""
         tenant, response_id = self._edge.access.tenant(), call.request.match_info["response_id"]
         kept = await self._kept.find(tenant, response_id) if is_id(response_id) else None
         if kept is not None:
@@ -211,7 +211,7 @@ class ResponsesRoutes:
         return session.messages, session.model
 
     async def _load(self, tenant: Tenant, response_id: str, field: str = "response_id") -> tuple[Session, str]:
-        """Return a response as it is now, and its status. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+        """Return a response as a session, and its status. Raises StatusError NOT_FOUND, UNAVAILABLE."""
         if is_id(response_id):
             session = await self._edge.sessions.of(tenant).load(response_id)
             if session is not None and session.document:

@@ -23,7 +23,7 @@ class ServiceRoutes:
 
     Args:
         edge: The worker.
-        is_ready: Tells if the service can do its work now.
+        is_ready: Returns whether the service can serve now.
     """
 
     def __init__(self, edge: Edge, is_ready: Callable[[], bool]) -> None:
@@ -40,7 +40,7 @@ class ServiceRoutes:
         face.add(app, hdrs.METH_GET, "/v1/models/{model:.+}", self.model)
 
     async def health(self, call: HttpCall) -> web.StreamResponse:
-        """200 while requests are served, 503 while not."""
+        """Return 200 while requests are served, else 503."""
         is_ready = self._is_ready()
         return json_answer({"status": "ok" if is_ready else "unavailable"}, status=200 if is_ready else 503)
 
@@ -49,12 +49,14 @@ class ServiceRoutes:
         return json_answer({"version": __version__})
 
     async def models(self, call: HttpCall) -> web.StreamResponse:
-        """All models, the default first, and then the aliases."""
+        """List all models, the default first, and then the aliases."""
         models = self._edge.models
         return json_answer({"object": "list", "data": list(map(self._model, (*models.names, *models.aliases)))})
 
     async def model(self, call: HttpCall) -> web.StreamResponse:
-        """The model or alias that is asked for; `root` is the model, of an alias the one with the largest weight."""
+        """Describe the model or alias in the path. `root` is the model, for an alias the one with the largest
+        weight.
+        """
         return json_answer(self._model(call.request.match_info["model"]))
 
     def _model(self, name: str) -> dict[str, object]:
@@ -108,7 +110,9 @@ def _identity(call: HttpCall, body: JsonObject) -> bytes:
 
 
 def name_model(edge: Edge, requests: Iterable[generation_pb2.GenerateRequest], model: str | None) -> None:
-    """Have requests say which model was asked for, where there are several: others under their ids differ from them."""
+    """Set the model name in requests if there are several models, so that requests for other models have other
+    digests.
+    """
     if model is not None and edge.models.are_several:
         for request in requests:
             request.model = model

@@ -1,4 +1,4 @@
-"""/v1/sessions: what `scalellm.v1.Sessions` does, for the same callers and within the same limits."""
+"""/v1/sessions: the operations of `scalellm.v1.Sessions`, with the same access rules and limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ONE = f"{_PATH}/{{session_id}}"
 
 
 class ForkRequest(ApiRequest):
-    """Under which name a copy is stored, and how many turns it has."""
+    """The id of a copy, and its number of turns."""
 
     new_session_id: Any = None
     num_turns: UInt32 | None = None

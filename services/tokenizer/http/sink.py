@@ -47,7 +47,7 @@ OnFinished = Callable[[Sequence[generation_pb2.Finished]], Awaitable[None]]
 
 
 class Sink:
-    """One answer on its way to the client.
+    """Writes one answer to the client.
 
     Args:
         call: The HTTP call.
@@ -62,17 +62,17 @@ class Sink:
         self.response: web.StreamResponse | None = None
 
     async def open(self) -> None:
-        """All generations were accepted."""
+        """Begin the answer, once all generations were accepted."""
 
     async def write(self, text: str) -> None:
-        """A part of the answer, as the format has it."""
+        """Write a part of the answer, in its format."""
 
     async def close(self, text: str, timing: str) -> None:
-        """The last part, and where the time went as a value of Server-Timing."""
+        """Write the last part; timing: latency breakdown, as a value of Server-Timing."""
 
 
 class StreamSink(Sink):
-    """Sends each part when it comes."""
+    """Sends each part at once, as server-sent events."""
 
     async def open(self) -> None:
         """Send the headers."""
@@ -93,7 +93,7 @@ class StreamSink(Sink):
 
 
 class DocumentSink(Sink):
-    """Sends what the format returns at the end; what it returns before is empty."""
+    """Sends the text that the format returns at the end, as one document. Earlier parts are empty."""
 
     async def close(self, text: str, timing: str) -> None:
         """Send the document."""
@@ -128,8 +128,8 @@ async def serve(
         format: Format of the answer.
         is_stream: True if the client wants each part when it comes.
         on_finished: See OnFinished.
-        seen: Go on with answers that are kept: tokens of each sample that the client has, per prompt. The format is
-            told of these as well, in Deltas that end there.
+        seen: Number of tokens of each sample that the client has, per prompt, to resume kept answers. The format gets
+            these tokens as well, in Deltas that end there.
         asked: See Head.
     """
     sink = (StreamSink if is_stream else DocumentSink)(call, format, on_finished)
@@ -171,12 +171,12 @@ async def _gather(together: _Together, names: Sequence[Mapping[str, str]]) -> No
 
 
 class _Together:
-    """Generations that are answered as one.
+    """Generations that are answered together.
 
     Args:
-        begin: Begins the generation of a number.
-        sink: Gets the answer.
-        deadline: The client's waiting time.
+        begin: Begins the generation with a number.
+        sink: Receives the answer.
+        deadline: The client's time limits.
         num_samples: Samples of each generation.
     """
 
@@ -188,14 +188,14 @@ class _Together:
         self._deadline = deadline
         self._started = 0
         self._is_open = asyncio.Event()
-        self._num_samples = sum(num_samples)  # which may be more than a request may have until all were accepted
+        self._num_samples = sum(num_samples)  # not checked against the limit until all were accepted
         self._ended: set[tuple[int, int]] = set()
-        """Generation and sample of each end that is told."""
+        """Generation and sample of each end that was written."""
         self._finished: list[generation_pb2.Finished | None] = [None] * len(num_samples)
         self._is_written = asyncio.Event()
 
     async def run(self, number: int, names: Mapping[str, str]) -> None:
-        """Run one of them, until the answer to all was written. Raises StatusError."""
+        """Run one generation, and wait until the answer to all of them was written. Raises StatusError."""
         sink, format, progress = self._sink, self._sink.format, self._deadline.progress
         generation = self._begin(number)
         try:
@@ -218,7 +218,7 @@ class _Together:
             raise renamed(error, names) from None
 
     async def _open(self, text: str) -> None:
-        """Wait until all were accepted: until then a refusal is the status of the whole."""
+        """Begin the answer once all generations were accepted, so that a refusal before can be the HTTP status."""
         self._started += 1
         if self._started == len(self._finished):
             await self._sink.open()

@@ -1,4 +1,4 @@
-"""Usage in the chunks of OpenAI's streams: none, null until the last one, or what was used so far."""
+"""Usage in the chunks of OpenAI's streams: none, null in all but the last, or the usage so far."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from scalellm.services.tokenizer.http.wire import usage_json
 
 
 class StreamUsage:
-    """Counts what a stream used, and writes it as its request wants it.
+    """Counts the usage of a stream, and writes it in the form that its request asks for.
 
     Args:
         request: The client's request.
@@ -15,7 +15,7 @@ class StreamUsage:
     Attributes:
         plain_tail: End of a chunk that has neither log-probabilities nor token ids nor usage so far.
         prompt_tokens: Prompt tokens of all prompts.
-        completion_tokens: That were sent.
+        completion_tokens: Completion tokens that were sent.
     """
 
     def __init__(self, request: SamplingRequest) -> None:

@@ -28,14 +28,14 @@ _GUIDED = ("json", "regex", "choice", "grammar")
 
 
 class Shape(NamedTuple):
-    """The shape that a request asks for, None for any text, and what the client calls our fields of it."""
+    """The shape that a request asks for, None for any text, and the client's names of our fields of it."""
 
     wire: generation_pb2.StructuredOutput | None = None
     names: Mapping[str, str] = _NO_NAMES
 
 
 def shape_of(fields: Mapping[str, object]) -> Shape:
-    """Return the shape that the one of these fields says which has a value. Raises StatusError.
+    """Return the shape that one of several fields gives. Raises StatusError for an invalid one, or more than one.
 
     Args:
         fields: Fields by name: `response_format`, vLLM's `structured_outputs`, its older `guided_json`, `guided_regex`,
@@ -145,7 +145,7 @@ def _json_schema(schema: object, param: str, names: Mapping[str, str]) -> Shape:
 
 
 def _structural_tag(value: object, param: str) -> Shape:
-    """vLLM's and SGLang's: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}."""
+    """Read the format of vLLM and SGLang: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}."""
     if not isinstance(value, dict):
         raise StatusError.invalid(param, "must be an object")
     structures, triggers = value.get("structures"), value.get("triggers")
@@ -170,7 +170,7 @@ def _structural_tag(value: object, param: str) -> Shape:
 
 
 def _json_text(value: object, param: str) -> str:
-    """Return JSON as a text: clients send it as it is, or as a text in the first place."""
+    """Return JSON as text. Clients send it either as a JSON value or as text."""
     return as_text(value, param) if isinstance(value, str) else json.dumps(value)
 
 

@@ -1,4 +1,4 @@
-"""Fields that say how a conversation is written for the model, which several requests have."""
+"""The fields, common to several requests, that control how a conversation is written for the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TemplateFields(ApiRequest):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def set_template(self, chat: generation_pb2.Chat) -> None:
-        """Say it to a conversation. Raises StatusError."""
+        """Copy the fields to a conversation. Raises StatusError."""
         set_present(chat, self, ("add_generation_prompt", "continue_final_message"))
         if not self.chat_template_kwargs:
             return

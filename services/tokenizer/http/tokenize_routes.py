@@ -61,7 +61,7 @@ class TokenizeRoutes:
         face.add(app, hdrs.METH_GET, "/tokenizer_info", self.info)
 
     async def tokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
-        """Text or messages to token ids: what a request with them would give the model."""
+        """Encode text or messages to the token ids that a request with them would give the model."""
         tenant = self._edge.access.tenant()
         async with self._edge.quotas.admitted(tenant):
             request = TokenizeRequest.read(body, is_strict=self._is_strict)
@@ -81,7 +81,7 @@ class TokenizeRoutes:
         )
 
     async def detokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
-        """Token ids to text."""
+        """Decode token ids to text."""
         tenant = self._edge.access.tenant()
         async with self._edge.quotas.admitted(tenant):
             request = DetokenizeRequest.read(body, is_strict=self._is_strict)

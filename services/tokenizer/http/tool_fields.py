@@ -1,4 +1,4 @@
-"""The APIs' fields for functions that the model may call: three ways to write the same."""
+"""The APIs' fields for functions that the model may call, in three formats."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MODES: Mapping[str, generation_pb2.ToolChoiceMode] = {
 
 
 def set_tools(chat: generation_pb2.Chat, tools: object, choice: object, *, is_parallel: bool | None) -> None:
-    """Say to a conversation what OpenAI's `tools` and `tool_choice` say. Raises StatusError.
+    """Add OpenAI's `tools` and `tool_choice` to a conversation. Raises StatusError.
 
     Args:
         chat: The conversation.
-        tools: As chats have them, or flat as responses do; None: there are none.
-        choice: As chats have it, or flat as responses do; None: as the model likes.
-        is_parallel: False: one call at most.
+        tools: In the format of chats, or flat as in responses; None: there are none.
+        choice: In the format of chats, or flat as in responses; None: the model chooses.
+        is_parallel: False: an answer has at most one call.
     """
     add_tools(chat, tools, openai_tool)
     if is_parallel is False and chat.tools:
@@ -52,7 +52,7 @@ def set_tools(chat: generation_pb2.Chat, tools: object, choice: object, *, is_pa
 
 
 def set_anthropic_tools(chat: generation_pb2.Chat, tools: object, choice: object) -> None:
-    """Say to a conversation what Anthropic's `tools` and `tool_choice` say. Raises StatusError."""
+    """Add Anthropic's `tools` and `tool_choice` to a conversation. Raises StatusError."""
     add_tools(chat, tools, _anthropic_tool)
     if choice is None:
         return
@@ -93,7 +93,7 @@ def tool_names(tools: object, inner: str = "", schema: str = "parameters") -> di
     """Return a client's names of our fields of tools.
 
     Args:
-        tools: As it sent them.
+        tools: The tools as the client sent them.
         inner: Path of a tool's own fields in it: `.function` in chats, nothing elsewhere.
         schema: Name of the field with the schema of its arguments.
     """

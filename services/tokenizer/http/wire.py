@@ -11,7 +11,7 @@ from types import MappingProxyType
 from scalellm.v1 import common_pb2, generation_pb2
 
 quote = encode_basestring
-"""A text as a JSON string, in C; what is not ASCII stays as it is."""
+"""Convert a text to a JSON string, in C. Characters beyond ASCII are not escaped."""
 
 DONE = "data: [DONE]\n\n"
 """The last event of OpenAI's streams."""
@@ -73,7 +73,7 @@ def total_usage(finished: Sequence[generation_pb2.Finished]) -> common_pb2.Usage
 
 
 def usage_json(prompt_tokens: int, completion_tokens: int, details: str = "") -> str:
-    """Return OpenAI's `usage`, with members of more `details` behind a comma each."""
+    """Return OpenAI's `usage`, with additional members `details`, each after a comma."""
     return (
         f'{{"prompt_tokens":{prompt_tokens},"completion_tokens":{completion_tokens},'
         f'"total_tokens":{prompt_tokens + completion_tokens}{details}}}'
@@ -81,7 +81,7 @@ def usage_json(prompt_tokens: int, completion_tokens: int, details: str = "") ->
 
 
 def final_usage_json(usage: common_pb2.Usage) -> str:
-    """Return OpenAI's `usage` of what is complete; of the completion's tokens it tells what there is to tell."""
+    """Return OpenAI's `usage` of a finished answer, with those details of its tokens that are known."""
     details = f',"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}'
     told = {}
     if usage.HasField("reasoning_tokens"):
@@ -95,7 +95,7 @@ def final_usage_json(usage: common_pb2.Usage) -> str:
 
 
 def latency_json(finished: Sequence[generation_pb2.Finished]) -> str:
-    """Return where the time of the longest generation went, in milliseconds."""
+    """Return the latency breakdown of the longest generation, in milliseconds."""
     latency = max((one.latency for one in finished), key=lambda latency: latency.total_ns)
     parts = {name: getattr(latency, f"{name}_ns") for name in ("total", "ttft", *_LATENCY_PARTS)}
     shown: dict[str, object] = {f"{name}_ms": round(value / 1e6, 3) for name, value in parts.items() if value}
@@ -105,6 +105,6 @@ def latency_json(finished: Sequence[generation_pb2.Finished]) -> str:
 
 
 def session_json(finished: generation_pb2.Finished) -> str:
-    """Return the field that says what became of the turn of a session, with a comma before it; empty without one."""
+    """Return the field with the outcome of a session's turn, with a comma before it; empty without a session."""
     outcome = _SESSION_OUTCOMES.get(finished.session)
     return f',"session":"{outcome}"' if outcome else ""

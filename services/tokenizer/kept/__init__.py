@@ -1,1 +1,2 @@
-"""Requests that outlive their calls (ON_DISCONNECT_KEEP): what came is kept here and in a journal in Redis."""
+"""Requests that outlive their calls (ON_DISCONNECT_KEEP). Their results are kept in memory and in a journal in
+Redis."""

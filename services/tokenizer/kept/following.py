@@ -26,9 +26,9 @@ async def follow(
         kept: The request.
         offsets: Tokens of each sample that the client has; missing ones are 0.
         min_tokens: Tokens of a sample to wait for.
-        trace: Told of the time that detokenising takes.
-        repeats: Yield what the client has as well, in Deltas that end at `offsets`, for who has to count or to tell all
-            of the answer. Offsets may then be beyond its end.
+        trace: Receives the time of detokenising.
+        repeats: True to also yield the events that the client has, in Deltas that end at `offsets`, for formats that
+            count all events or repeat the whole answer. Offsets may then be beyond the answer's end.
     """
     head, transcript = kept.head, kept.transcript
     num_samples = head.submit.sampling.n

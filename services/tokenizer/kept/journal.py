@@ -1,6 +1,6 @@
-"""Journals in Redis: what it takes to go on with a request elsewhere, and what came of it so far.
+"""Journals in Redis: the state from which any worker can go on with a kept request, and its results so far.
 
-One script creates a journal, and one per tick and request adds to it; none is on the path of a token.
+One script creates a journal, and one script call per tick and request appends to it. No token waits for them.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Written(enum.Enum):
 
     DONE = 1
     CANCELLED = 2
-    """The write is done, and the request's tenant wants the request to end."""
+    """The write is done, and the request's tenant has cancelled the request."""
     TAKEN = 0
-    """Another worker has the request, or has begun one of this id."""
+    """Another worker has taken the request over, or has begun one with this id."""
     FULL = -1
-    """The tenant's journals would hold more than they may: there is none of this request now."""
+    """The tenant's journals would exceed their limit, so this request's journal was dropped or not created."""
     GONE = -2
-    """There is no journal any more: Redis lost it, or a part of it."""
+    """The journal no longer exists, because Redis lost it, or a part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class Head:
     """The facts about a request that are known from its beginning.
 
     Attributes:
-        digest: Digest of the request: another one under the same id has another.
+        digest: Digest of the request, by which another request with the same id is recognised.
         request: The client's request.
         submit: The first Submit to the scheduler.
         started: The first event.
         session_version: Version of the session that it continues; empty for a new one, and without.
-        asked: The client's request in the words of its own API, for whoever tells the answer in that API; empty
-            where nobody asks for it by its id alone.
+        asked: The client's request in the format of its own API, from which the answer can be written in that API;
+            empty for an API that cannot ask for an answer by its id alone.
     """
 
     digest: bytes
@@ -71,7 +71,7 @@ class Head:
         return self.submit.request_id
 
     def check_same(self, request: generation_pb2.GenerateRequest) -> None:
-        """Raise StatusError ALREADY_EXISTS unless it is this request that came again."""
+        """Raise StatusError ALREADY_EXISTS unless `request` is the same request sent again."""
         if self.digest != digest(request):
             raise StatusError(
                 grpc.StatusCode.ALREADY_EXISTS,
@@ -86,12 +86,12 @@ class Reading:
 
     Attributes:
         fence: Rises with each worker that takes the request over.
-        lease_left: Milliseconds for which nobody may take it over.
+        lease_left: Milliseconds for which no other worker may take the request over.
         time_left: Seconds until the deadline; None: it has none.
         end: The last event, or the status; None while the request has not ended.
-        is_cancelled: True if its tenant wants it to end.
+        is_cancelled: True if its tenant has cancelled it.
         steps: Its results since the position from which it was read.
-        num_bytes: The place to read on from.
+        num_bytes: Position to read on from.
     """
 
     fence: int
@@ -110,11 +110,11 @@ class Entry:
     Attributes:
         tenant: The tenant.
         request_id: Its id.
-        fence: The writer's.
-        num_bytes: Bytes of the tail, by the last answer.
-        step: The results.
-        end: Its end.
-        gives_up: Others may take it over at once.
+        fence: Fence of the writing worker.
+        num_bytes: Bytes of the tail before the write, as the last write returned them.
+        step: New results, a serialised StepOutput.
+        end: The end of the request; None: it runs.
+        gives_up: True if other workers may take the request over at once.
     """
 
     tenant: Tenant
@@ -127,17 +127,17 @@ class Entry:
 
 
 class Journal:
-    """All journals, of all tenants. Every method raises StatusError UNAVAILABLE when Redis does not do it.
+    """The journals of all tenants. Every method raises StatusError UNAVAILABLE if Redis fails or does not answer.
 
     Args:
         redis: The Redis that holds them.
-        owner: Names this worker.
+        owner: Name of this worker.
         ttl: Seconds for which a journal is kept after it was last written to.
         lease: Seconds without a sign of life after which others take a worker's requests over.
         max_bytes: Most bytes of one tenant's journals, unless its limits say otherwise.
 
     Attributes:
-        num_failures: Number of operations that Redis did not do.
+        num_failures: Number of failed Redis operations.
     """
 
     def __init__(self, redis: Redis, owner: str, *, ttl: float, lease: float, max_bytes: int) -> None:
@@ -149,13 +149,13 @@ class Journal:
         self.num_failures = 0
 
     async def digest_of(self, tenant: Tenant, request_id: str) -> bytes | None:
-        """Return the digest of the request that an id stands for; None if it stands for none."""
+        """Return the digest of the request with an id; None if there is none."""
         async with self._reach() as redis:
             digest: bytes | None = await redis.hget(_Keys(tenant, request_id).head, "digest")
         return digest
 
     async def create(self, tenant: Tenant, head: Head, fence: int, time_left: float | None) -> Written:
-        """Begin a journal: done, taken or full. `time_left` in seconds until the deadline."""
+        """Create a journal; time_left: seconds until the deadline, None = none. Returns DONE, TAKEN or FULL."""
         keys = _Keys(tenant, head.request_id)
         fields: dict[str, str | bytes] = {
             "execution": head.submit.execution_id,
@@ -194,7 +194,7 @@ class Journal:
             raise _unreadable(request_id) from None
 
     async def read(self, tenant: Tenant, request_id: str, num_bytes: int) -> Reading | None:
-        """Return what a journal says, its tail from `num_bytes` on; None if there is none."""
+        """Read a journal, with its tail from `num_bytes` on; None if there is no journal."""
         keys = _Keys(tenant, request_id)
         async with self._reach() as redis:
             found = await redis.eval(journal_script.READ, 2, keys.head, keys.tail, str(num_bytes))
@@ -214,24 +214,28 @@ class Journal:
         return Reading(fence, lease_left, left, end, bool(is_cancelled), steps, num_bytes + len(rest))
 
     async def take(self, tenant: Tenant, request_id: str, fence: int) -> int:
-        """Take over a request whose worker is gone. Returns the new fence; 0: somebody else has it.
+        """Take over a request whose worker's lease has expired. Returns the new fence; 0: another worker has it.
 
         Args:
             tenant: The tenant.
             request_id: Its id.
-            fence: As it was read.
+            fence: The fence that was read before.
         """
         async with self._reach() as redis:
             head = _Keys(tenant, request_id).head
             return int(await redis.eval(journal_script.TAKE, 1, head, str(fence), self._owner, self._lease_ms))
 
     async def cancel(self, tenant: Tenant, request_id: str) -> bool:
-        """Have a request cancelled by the worker that has it, when that next writes. False if there is no journal."""
+        """Mark a request as cancelled, which its worker finds with its next write. Returns False if there is no
+        journal.
+        """
         async with self._reach() as redis:
             return bool(await redis.eval(journal_script.CANCEL, 1, _Keys(tenant, request_id).head))
 
     async def write(self, entries: Sequence[Entry]) -> list[tuple[Written, int]]:
-        """Write what came of several requests, in one round trip. Returns how many bytes each tail has then, too."""
+        """Write the entries of several requests in one round trip. Returns each outcome, with the bytes of the tail
+        then.
+        """
         if not entries:
             return []
         calls = [self._write_call(entry) for entry in entries]
@@ -249,7 +253,7 @@ class Journal:
         return [(Written(code), num_bytes) for code, num_bytes in answers]
 
     async def forget(self, tenant: Tenant, request_id: str, fence: int) -> None:
-        """Remove a journal, if it is still this worker's: its id stands for nothing any more."""
+        """Remove a journal if this worker still owns it, which frees the request's id."""
         async with self._reach() as redis:
             keys = _Keys(tenant, request_id)
             await redis.eval(journal_script.FORGET, 4, *keys.all, request_id, str(fence))
@@ -281,12 +285,12 @@ class Journal:
 
 
 def digest(request: generation_pb2.GenerateRequest) -> bytes:
-    """Return a digest that tells a request from others."""
+    """Return a digest by which a request is distinguished from others."""
     return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
 
 class _Keys:
-    """The Redis keys of one request. The part in braces decides on the slot in a cluster."""
+    """The Redis keys of one request. In a Redis cluster, the part in braces decides the slot."""
 
     def __init__(self, tenant: Tenant, request_id: str) -> None:
         self.prefix = f"{KEY_PREFIX}request:{{{tenant.name}}}:"

@@ -1,4 +1,4 @@
-"""One request that outlives its calls, as one worker sees it: it runs here, or is followed where it runs."""
+"""One kept request in one worker, which runs it, or follows it while another worker runs it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _POLL = 0.1
 """Seconds between two looks at the journal of a request that runs elsewhere."""
 
 _LAST_WRITES = 60.0
-"""Seconds after a request's end for which its journal is tried to be completed while Redis does not answer."""
+"""Seconds after a request's end for which the worker tries to complete its journal while Redis does not answer."""
 
 _MAX_ABORTED = 3
-"""Times in a row that a request is begun again which the scheduler aborted."""
+"""Times that a request which the scheduler ended with ABORTED is started again."""
 
 _CANCEL_WAIT = 10.0
-"""Seconds given to the worker that has a request to cancel it: it looks at least once a second."""
+"""Seconds to wait for another worker to cancel a request. Workers check for that at least once a second."""
 
 _CANCELLED = StatusError(grpc.StatusCode.CANCELLED, "the request was cancelled")
 
@@ -51,29 +51,29 @@ _REFUSALS = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
 )
-"""Statuses of requests that did not run, where nothing came of them."""
+"""Statuses of requests that did not run, if they have no tokens."""
 
 
 class KeptRequest:
-    """Runs a request, or follows it in its journal until it ended or until its worker is gone, and then runs it.
+    """Runs a request; or follows it in its journal until it ends, or until its worker is gone, and then runs it.
 
     Args:
         edge: The worker, and the model of the request.
         journal: Journal that it is written to.
-        writing: Held while journals are written: an entry says how long its tail is, so two at once would not fit.
+        writing: Held while journals are written, as an entry states the length of its tail before the write.
         tenant: The tenant.
         head: The request.
-        fence: 1 for a new request, which runs here; 0: it runs, or ran, elsewhere.
+        fence: 1 for a new request, which runs here; 0: it runs, or ran, in another worker.
         lease: Lease of a new request on its tenant's quotas.
         trace: Trace of a new request.
         prompt: Prompt of a new request, for its session.
-        session: That a new request continues.
+        session: Session that a new request continues.
 
     Attributes:
         transcript: Its results.
         num_followers: Calls that read it.
-        was_refused: It did not run, and its id stands for nothing.
-        is_journaled: True if all but its last moments are in its journal.
+        was_refused: True if it was refused before it ran, so that its id is free.
+        is_journaled: True if the last write to its journal succeeded.
     """
 
     def __init__(
@@ -123,22 +123,22 @@ class KeptRequest:
 
     @property
     def is_here(self) -> bool:
-        """True if the request runs in this worker, or did."""
+        """True if this worker runs, or ran, the request."""
         return self._fence > 0
 
     def start(self, on_end: Callable[[KeptRequest], None]) -> None:
-        """Begin; `on_end` is called when nothing is left to be done."""
+        """Start running or following it; `on_end` is called when that has ended and its journal is complete."""
         self._task = asyncio.create_task(self._run(), name=f"kept {self.head.request_id}")
         self._task.add_done_callback(lambda _: on_end(self))
 
     async def stop(self) -> None:
-        """Give it up, so that others can take it over."""
+        """Stop, and give the request up, so that other workers can take it over."""
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def cancel(self) -> None:
-        """End it, wherever it runs; return once it has ended. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+        """Cancel the request in any worker, and wait for its end. Raises StatusError NOT_FOUND, UNAVAILABLE."""
         nothing = [0] * len(self.transcript.samples)
         with self.followed(), self.transcript.reader(nothing, min_tokens=1) as reader:
             if self.is_here:
@@ -156,7 +156,7 @@ class KeptRequest:
 
     @contextmanager
     def followed(self) -> Iterator[None]:
-        """Around reading: what runs elsewhere is not followed without readers."""
+        """Context of a reader. A request that another worker runs is followed only while it has readers."""
         self.num_followers += 1
         try:
             yield
@@ -166,13 +166,13 @@ class KeptRequest:
                 self._task.cancel()
 
     async def look(self) -> None:
-        """Return once the transcript has what came of it until now, wherever it runs."""
+        """Wait until the transcript has all results that are known by now, even of a request that runs elsewhere."""
         if not self.is_here:
             with self.followed():
                 await self._is_known.wait()
 
     async def wait_accepted(self) -> None:
-        """Wait until it is taken to be accepted. Raises StatusError if it was refused."""
+        """Wait until the request counts as accepted. Raises StatusError if it was refused."""
         await self._accepted.wait()
         if self.was_refused and self.transcript.error is not None:
             raise StatusError.from_link(self.transcript.error)
@@ -180,7 +180,7 @@ class KeptRequest:
     # Writing to the journal.
 
     def entry(self, renew_every: float) -> Entry | None:
-        """Return what is to be written now, if anything; `wrote` must follow."""
+        """Return the entry to write to the journal now, or None. `wrote` must follow."""
         if not self.is_here or self._writes_nothing or self._end_is_written:
             return None
         transcript = self.transcript
@@ -192,7 +192,7 @@ class KeptRequest:
         return Entry(self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end)
 
     async def wrote(self, entry: Entry, outcome: Written | None, num_bytes: int = 0) -> None:
-        """An entry was written, and the tail has so many bytes now; or it was not: None = Redis did not answer."""
+        """Handle the outcome of a write (None = Redis did not answer), after which the tail has `num_bytes` bytes."""
         self.is_journaled = outcome in (Written.DONE, Written.CANCELLED)
         if outcome is None:
             return
@@ -224,7 +224,7 @@ class KeptRequest:
         self._written.set()
 
     def _cancel_here(self) -> None:
-        """End the request, which runs here: its tenant cancelled it."""
+        """End the request, which this worker runs, because its tenant cancelled it."""
         if not self.transcript.is_over:
             self._is_cancelled = True
             if self._owning is not None:
@@ -248,7 +248,7 @@ class KeptRequest:
                     await asyncio.shield(self._owning)
                 except asyncio.CancelledError:
                     assert self._task is not None
-                    if self._task.cancelling():  # it is us who are stopped, be it together with what we wait for
+                    if self._task.cancelling():  # this task itself is being stopped
                         self._owning.cancel()
                         await asyncio.gather(self._owning, return_exceptions=True)
                         raise
@@ -256,7 +256,7 @@ class KeptRequest:
                     aborted += 1
                     if error.code is not grpc.StatusCode.ABORTED or aborted >= _MAX_ABORTED:
                         raise
-                    self._fence = 0  # somebody else runs it, or it is begun once more when our lease is over
+                    self._fence = 0  # another worker runs it, or it starts again after the lease
             if self.is_here:
                 await self._wait_written()
         except StatusError as error:
@@ -278,7 +278,7 @@ class KeptRequest:
             self._lease = None
 
     async def _follow_elsewhere(self) -> None:
-        """Read the journal until the request has ended, or is ours to run."""
+        """Read the journal until the request has ended, or this worker has taken it over."""
         self._end_lease()
         self._num_bytes = 0
         while True:
@@ -309,7 +309,7 @@ class KeptRequest:
                 raise asyncio.CancelledError
 
     async def _take_over(self, fence: int, time_left: float | None) -> None:
-        """Run it from here on. Its old worker may have written more meanwhile, but will not any more."""
+        """Prepare to run the request here, after reading the last writes of its old worker, which is fenced off."""
         reading = await self._journal.read(self.tenant, self.head.request_id, self._num_bytes)
         if reading is not None:
             self.transcript.apply(reading.steps)
@@ -325,11 +325,11 @@ class KeptRequest:
                 priority = max(self.head.request.priority, MIN_PRIORITY)
                 self._lease = await self.edge.quotas.admit(self.tenant, priority)
             except StatusError:
-                pass  # it was admitted once, and its old worker may still count it
+                pass  # it was admitted before, and its old worker may still hold that lease
         _log.info("request %s goes on here after %d tokens", self.head.request_id, self.transcript.num_tokens)
 
     async def _own(self) -> None:
-        """Run it to its end. Raises StatusError if it can go on elsewhere or later."""
+        """Run the request to its end. Raises StatusError if it can go on elsewhere or later."""
         self._trace = self._trace or LatencyTrace()
         run = Run(self.edge, self.tenant, self.head, self.transcript, self._trace, self._prompt, self._session)
         try:
@@ -342,8 +342,8 @@ class KeptRequest:
         return self._time_left - (time.monotonic() - self._timed_at) if self._time_left is not None else None
 
     async def _fail(self, error: StatusError) -> None:
-        """The scheduler ended it. Raises StatusError if that is not its end."""
-        # The request may still wait in the scheduler's queue. A client whose id the server made asks for its state.
+        """Handle an error of the scheduler. Raises StatusError if the request can go on elsewhere or later."""
+        # A client that asks for the state by an id that the server made (`asked`) shall find the error under it.
         is_refusal = error.code in _REFUSALS and not self.transcript.num_tokens and not self.head.asked
         if is_refusal or not self._accepted.is_set():
             # A refused request did not run: its id is free, and the client may send it again.
@@ -358,7 +358,7 @@ class KeptRequest:
         self.transcript.end(error.to_link())
 
     async def _wait_written(self) -> None:
-        """Wait until the end is in the journal, for a while."""
+        """Wait up to `_LAST_WRITES` seconds until the end is in the journal."""
         try:
             async with asyncio.timeout(_LAST_WRITES):
                 await self._written.wait()
@@ -366,7 +366,7 @@ class KeptRequest:
             _log.warning("request %s has ended and is not kept: Redis does not answer", self.head.request_id)
 
     async def _give_up(self, error: StatusError) -> None:
-        """Tell the readers; others may go on at once."""
+        """End the readers with an error, and let other workers take the request over at once."""
         if not self.transcript.is_over:
             self.transcript.end(error.to_link())
         self._is_known.set()
@@ -382,7 +382,7 @@ class KeptRequest:
         end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)
         entry = Entry(self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end, gives_up=end is None)
         self._writes_nothing = True
-        with contextlib.suppress(StatusError):  # its lease ends by itself
+        with contextlib.suppress(StatusError):  # without this write its lease expires
             await self._journal.write([entry])
 
     def _refuse(self, error: StatusError) -> None:
@@ -392,7 +392,7 @@ class KeptRequest:
 
 
 def no_request(request_id: str) -> StatusError:
-    """The refusal of an id that stands for no request of its tenant."""
+    """Return the error NOT_FOUND for an id under which the tenant has no request."""
     return StatusError(
         grpc.StatusCode.NOT_FOUND,
         f"request_id: no request {request_id!r} is kept: it did not begin with ON_DISCONNECT_KEEP, or its time has "

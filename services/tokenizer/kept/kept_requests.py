@@ -1,4 +1,4 @@
-"""All requests of one worker that outlive their calls."""
+"""The kept requests of one worker."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _TICK = 0.05
 """Seconds between two writes to the journals."""
 
 _RETRY = 1.0
-"""Seconds after which Redis is tried again that did not answer."""
+"""Seconds until the next attempt after Redis did not answer."""
 
 
 class KeptRequests:
-    """Finds and begins them, and writes their journals. `run` has to run.
+    """Finds and starts kept requests, and writes their journals while `run` runs.
 
     Args:
         journal: Journal that they are written to; None: the service has no Redis, and no request is kept.
-        gate: Told of those that run, so that draining waits for them.
+        gate: Counts those that run, so that draining waits for them.
         lease: Seconds that the journal's lease lasts.
     """
 
@@ -53,22 +53,22 @@ class KeptRequests:
 
     @property
     def num_failures(self) -> int:
-        """Operations that Redis did not do."""
+        """Number of failed Redis operations."""
         return self._journal.num_failures if self._journal is not None else 0
 
     @property
     def num_running(self) -> int:
-        """Requests that run here."""
+        """Number of requests that this worker runs."""
         return sum(kept.is_here and not kept.transcript.is_over for kept in self._all)
 
     @property
     def num_unwritten(self) -> int:
-        """Running requests whose last moments Redis did not take: they cannot be resumed elsewhere."""
+        """Number of running requests whose last write failed, so that they cannot be resumed in another worker."""
         return sum(kept.is_here and not kept.is_journaled for kept in self._all)
 
     async def find(self, edges: Edges, tenant: Tenant, request_id: str) -> KeptRequest:
-        """Return a request by its id, wherever it runs or ran. Raises StatusError NOT_FOUND, UNAVAILABLE, and
-        FAILED_PRECONDITION where its model is served no more.
+        """Return a request by its id, whichever worker runs or ran it. Raises StatusError NOT_FOUND, UNAVAILABLE, and
+        FAILED_PRECONDITION if its model is no longer served.
         """
         key = (tenant.name, request_id)
         if (kept := self._by_id.get(key)) is not None and not kept.was_refused:
@@ -78,7 +78,8 @@ class KeptRequests:
                 grpc.StatusCode.FAILED_PRECONDITION, "no requests are kept: the service was started without --redis-url"
             )
         head = await self._journal.head(tenant, request_id)
-        if (kept := self._by_id.get(key)) is not None and not kept.was_refused:  # since then
+        # it may have been begun during the look-up
+        if (kept := self._by_id.get(key)) is not None and not kept.was_refused:
             return kept
         if head is None:
             raise no_request(request_id)
@@ -88,7 +89,7 @@ class KeptRequests:
         return kept
 
     async def model_of(self, tenant: Tenant, request_id: str) -> str:
-        """Return the model of the request that an id stands for; empty: there is none, or Redis does not answer."""
+        """Return the model of the request with an id; empty: there is none, or Redis does not answer."""
         if (kept := self._by_id.get((tenant.name, request_id))) is not None:
             return kept.edge.model_name
         try:
@@ -98,24 +99,25 @@ class KeptRequests:
         return head.started.model if head is not None else ""
 
     async def cancel(self, edges: Edges, tenant: Tenant, request_id: str) -> KeptRequest:
-        """End a request, wherever it runs; see KeptRequest. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+        """Cancel a request in any worker; see KeptRequest.cancel. Raises StatusError NOT_FOUND, UNAVAILABLE."""
         kept = await self.find(edges, tenant, request_id)
         await kept.cancel()
         return kept
 
     async def forget(self, edges: Edges, tenant: Tenant, request_id: str) -> None:
-        """End a request, and keep nothing of it. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+        """Cancel a request and remove its journal. Raises StatusError NOT_FOUND, UNAVAILABLE."""
         kept = await self.cancel(edges, tenant, request_id)
-        await kept.stop()  # what is written after it is forgotten would begin its journal again
+        await kept.stop()  # a later write would create its journal again
         if self._journal is not None and (reading := await self._journal.read(tenant, request_id, 0)) is not None:
             await self._journal.forget(tenant, request_id, reading.fence)
 
     async def find_same(
         self, edge: Edge, tenant: Tenant, request: generation_pb2.GenerateRequest
     ) -> KeptRequest | None:
-        """Return the request that the id of this one stands for; None where it is new, or Redis does not answer.
+        """Return the kept request that was begun by an earlier sending of this one; None if it is new, or Redis does
+        not answer.
 
-        Raises StatusError ALREADY_EXISTS where that is another request.
+        Raises StatusError ALREADY_EXISTS if another request was begun with the same id.
         """
         if self._journal is None:
             return None
@@ -138,10 +140,11 @@ class KeptRequests:
         prompt: Prompt,
         session: Session | None,
     ) -> KeptRequest | None:
-        """Begin a request. None where it cannot be kept: Redis does not answer, or its tenant's room is used up.
+        """Begin a kept request. Returns None if it cannot be kept: Redis does not answer, or its tenant's limit is
+        reached.
 
-        What another call began meanwhile under the same id is returned instead; the lease is then not used. Raises
-        StatusError ALREADY_EXISTS where that is another request. For the rest see KeptRequest.
+        If another call has meanwhile begun the same request, that one is returned, and the lease is not used. Raises
+        StatusError ALREADY_EXISTS if another request was begun with the same id. For the arguments see KeptRequest.
         """
         if self._journal is None:
             return None
@@ -183,11 +186,11 @@ class KeptRequests:
                 await asyncio.sleep(_RETRY)
 
     async def stop(self) -> None:
-        """Give up what runs, so that others can take it over at once."""
+        """Give up the running requests, so that other workers can take them over at once."""
         await asyncio.gather(*(kept.stop() for kept in tuple(self._all)))
 
     async def _write(self) -> bool:
-        """Write what there is. False when Redis did not do it."""
+        """Write all due entries. Returns False if Redis failed."""
         assert self._journal is not None
         due = [(kept, entry) for kept in self._all if (entry := kept.entry(self._renew_every)) is not None]
         try:

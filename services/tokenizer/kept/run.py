@@ -1,4 +1,4 @@
-"""A kept request while it runs here: from its Submit to its last event."""
+"""One run of a kept request in this worker, from its Submit to its last event."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from scalellm.services.tokenizer.generation.edge import Edge
 
 _ATTEMPTS_PER_FENCE = 2**16
-"""Attempts per fence: a request that a worker takes over has a higher attempt than any that the one before may send."""
+"""Attempt numbers per fence, so that after a takeover each attempt is higher than any that the old worker may send."""
 
 
 class Run:
-    """Takes a request from where its transcript ends to its end.
+    """Runs a request from the end of its transcript to its own end.
 
     Args:
         edge: The worker.
         tenant: The tenant.
         head: The request.
         transcript: Its results; new ones are added there.
-        trace: The stop-watch.
-        prompt: With the session's part, if it was built here.
-        session: That the request continues, if it was loaded here.
+        trace: Times of the request.
+        prompt: The prompt with the session's segments, if it was built here.
+        session: The session that the request continues, if it was loaded here.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class Run:
         self._session = session
 
     async def run(self, fence: int, time_left: float | None, accepted: asyncio.Event) -> None:
-        """Run it. Raises StatusError unless it finishes.
+        """Run the request. Raises StatusError unless it finishes.
 
         Args:
             fence: See Journal.
             time_left: Seconds until the deadline.
-            accepted: Set once the request is taken to be accepted.
+            accepted: Set once the request counts as accepted.
         """
         edge, head, transcript, trace = self._edge, self._head, self._transcript, self._trace
         samples = self._watchers()
@@ -89,7 +89,7 @@ class Run:
                     trace.leave_below(receiver)
                     finish = receiver.finish
                     edge.schedulers.release(receiver, link_pb2.ABORT_REASON_CANCELLED)
-        if finish is None:  # its old worker had all of it, but could not say so
+        if finish is None:  # its old worker had all tokens, but could not write the end
             usage = common_pb2.Usage(prompt_tokens=len(head.submit.token_ids), completion_tokens=transcript.num_tokens)
             finish = link_pb2.Finish(usage=usage)
         count_shown(edge.metrics, finish.usage, transcript.num_tokens, samples)
@@ -109,7 +109,7 @@ class Run:
         return submit
 
     def _watchers(self) -> list[SampleStream]:
-        """Samples that find stop texts and keep what sessions need, in the state of the transcript."""
+        """Make the streams that find stop texts and keep the answer for a session, advanced to the transcript's end."""
         request = self._head.request
         options = dataclasses.replace(OutputOptions.from_request(request), text=False, token_ids=False, logprobs=False)
         samples = make_samples(request, options, self._head.submit, self._edge.prompts.writing)
@@ -119,7 +119,7 @@ class Run:
         return samples
 
     async def _receive(self, receiver: TokenReceiver, samples: Sequence[SampleStream]) -> None:
-        """Move what comes to the transcript until the request's Finish. Raises StatusError unless that is OK."""
+        """Add received results to the transcript until the request's Finish. Raises StatusError unless that is OK."""
         transcript = self._transcript
         while receiver.finish is None or receiver.has_more:
             await receiver.wait()
@@ -143,7 +143,7 @@ class Run:
             raise StatusError(grpc.StatusCode.INTERNAL, "the scheduler ended the request before all of its samples")
 
     async def _save_turn(self, sample: SampleStream) -> generation_pb2.SessionOutcome:
-        """Store the turn once, whoever tries: the version that it will have follows from the request."""
+        """Store the turn once, even if several workers try: its version is derived from the request."""
         edge, request, tenant = self._edge, self._head.request, self._tenant
         version = self._head.submit.execution_id.hex()
         prompt, session = self._prompt, self._session
@@ -163,9 +163,9 @@ class Run:
 
 
 def _up_to_stop(batch: TokenBatch, num_tokens: int) -> TokenBatch:
-    """The part of a batch up to a stop text, which ends its sample. Reading it again finds the stop text again."""
+    """Return the part of a batch up to the stop text that ended its sample. Readers will find the stop text again."""
     if num_tokens == len(batch.token_ids) and batch.finish is not None:
-        return batch  # found in what the last token left
+        return batch  # the stop text was found when the held-back text was flushed
     finish = link_pb2.LinkSampleFinish(index=batch.index, reason=common_pb2.FINISH_REASON_STOP)
     logprobs = copy_logprobs(batch.logprobs, 0, num_tokens) if batch.logprobs is not None else None
     return TokenBatch(batch.index, batch.token_ids[:num_tokens], logprobs, finish)

@@ -1,4 +1,4 @@
-"""All that came of one request so far, to be read from any place, by any number of readers."""
+"""The results of one request so far, which any number of readers can read from any position."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 
 @dataclass(slots=True)
 class SampleLog:
-    """One sample.
+    """The results of one sample.
 
     Attributes:
-        token_ids: Its tokens; of one that a stop text ended, those up to it.
-        logprobs: One entry per token, when asked for.
-        finish: Its end; FINISH_REASON_STOP without a token where a stop text ended it.
+        token_ids: Its tokens; if a stop text ended it, those up to the stop text.
+        logprobs: One entry per token, if requested.
+        finish: Its end; FINISH_REASON_STOP without a token if a stop text ended it.
     """
 
     token_ids: array[int] = field(default_factory=lambda: array("I"))
@@ -32,7 +32,9 @@ class SampleLog:
 
 @dataclass(slots=True)
 class Mark:
-    """The part of a transcript that is known elsewhere: tokens and end of each sample, scores of the prompt."""
+    """A position in a transcript: the numbers of tokens and the ends of the samples, and of prompt
+    log-probabilities.
+    """
 
     num_tokens: list[int]
     has_finish: list[bool]
@@ -48,9 +50,9 @@ class Transcript:
     Attributes:
         samples: Samples by index.
         prompt_logprobs: Log-probabilities of the first tokens of the prompt.
-        finished: The last event, once the request has finished.
-        error: The status with which it ended otherwise.
-        first_token_at: Time at which its first token came here, in nanoseconds of the monotonic clock; 0 = not yet.
+        finished: The last event, if the request has finished with OK.
+        error: The status, if it has ended otherwise.
+        first_token_at: Time at which its first token arrived here, in nanoseconds of the monotonic clock; 0 = not yet.
     """
 
     def __init__(self, submit: link_pb2.Submit) -> None:
@@ -66,7 +68,7 @@ class Transcript:
 
     @property
     def is_over(self) -> bool:
-        """True if nothing more will be added."""
+        """True once the request has ended, so that nothing more is added."""
         return self.finished is not None or self.error is not None
 
     @property
@@ -80,7 +82,7 @@ class Transcript:
         return sum(len(sample.token_ids) for sample in self.samples)
 
     def add(self, batch: TokenBatch) -> None:
-        """Tokens of a sample, which follow those before."""
+        """Add tokens of a sample, which must follow those that are here."""
         sample = self.samples[batch.index]
         sample.token_ids.extend(batch.token_ids)
         if self._has_logprobs and batch.logprobs is not None:
@@ -89,12 +91,14 @@ class Transcript:
         self._wake()
 
     def add_prompt_logprobs(self, offset: int, values: common_pb2.TokenLogprobs) -> None:
-        """Log-probabilities of the prompt from token `offset` on. Those that are known are skipped."""
+        """Add log-probabilities of the prompt from token `offset` on. Those that are here already are skipped."""
         _append(self.prompt_logprobs, values, len(self.prompt_logprobs.logprobs) - offset)
         self._wake()
 
     def apply(self, step: link_pb2.StepOutput) -> None:
-        """Take what a journal says. What is known is skipped. Raises ValueError where something is missing."""
+        """Add results from a journal. Those that are here already are skipped. Raises ValueError if some are
+        missing.
+        """
         for entry in step.prompt_logprobs:
             self.add_prompt_logprobs(entry.offset, entry.values)
         logprobs = {(entry.index, entry.offset): entry.values for entry in step.logprobs}
@@ -111,11 +115,11 @@ class Transcript:
         self._wake()
 
     def begin(self) -> Mark:
-        """The mark of nothing."""
+        """Return the mark of an empty transcript."""
         return Mark([0] * len(self.samples), [False] * len(self.samples))
 
     def since(self, mark: Mark) -> tuple[link_pb2.StepOutput, Mark]:
-        """Return what came after a mark, and the mark of all that is here. Handles in it are 0."""
+        """Return the results after a mark, with handles of 0, and the mark of the transcript's end."""
         step = link_pb2.StepOutput()
         num_prompt = len(self.prompt_logprobs.logprobs)
         if num_prompt > mark.num_prompt:
@@ -140,7 +144,7 @@ class Transcript:
         return step, after
 
     def resume(self, submit: link_pb2.Submit) -> None:
-        """Make a copy of the first submit go on from here."""
+        """Set `resumed` of a copy of the first Submit, so that it continues from the transcript's end."""
         for index, sample in enumerate(self.samples):
             if sample.token_ids or sample.finish is not None:
                 reason = sample.finish.reason if sample.finish is not None else common_pb2.FINISH_REASON_UNSPECIFIED
@@ -149,7 +153,7 @@ class Transcript:
             submit.sampling.ClearField("prompt_logprobs")
 
     def end(self, finished: generation_pb2.Finished | link_pb2.LinkStatus) -> None:
-        """The request has ended."""
+        """Record the end of the request."""
         if isinstance(finished, generation_pb2.Finished):
             self.finished = finished
         else:
@@ -158,12 +162,12 @@ class Transcript:
 
     @contextmanager
     def reader(self, offsets: Sequence[int], min_tokens: int, *, repeats: bool = False) -> Iterator[TranscriptReader]:
-        """Read what is here and what comes.
+        """Context of a reader, which reads the results that are here and those that will be added.
 
         Args:
-            offsets: Tokens of each sample that the reader has seen. They are read once more, in batches of their own.
+            offsets: Number of tokens of each sample that the reader has seen. They are read again, in separate batches.
             min_tokens: Tokens of a sample to wait for, beside the first and the last ones.
-            repeats: Log-probabilities of the prompt are read once more, too.
+            repeats: True to read the log-probabilities of the prompt again, too.
         """
         reader = TranscriptReader(self, offsets, min_tokens, wants_prompt=repeats or not any(offsets))
         self._readers.add(reader)
@@ -178,7 +182,7 @@ class Transcript:
 
 
 class TranscriptReader:
-    """One reader of a transcript; made by `Transcript.reader`. Has what `Answer.take` needs of a TokenReceiver.
+    """One reader of a transcript, made by `Transcript.reader`. A TokenSource for `Answer.take`.
 
     Attributes:
         changed: Set when there may be more to read.
@@ -212,14 +216,14 @@ class TranscriptReader:
         return [(start, copy_logprobs(values, start, stop))]
 
     def take(self) -> list[TokenBatch]:
-        """Return what came and is due."""
+        """Return the batches that are due."""
         batches: list[TokenBatch] = []
         read, is_over = self._read, self._transcript.is_over
         for index, sample in enumerate(self._transcript.samples):
             start, stop, border = read.num_tokens[index], len(sample.token_ids), self._borders[index]
             if start < border < stop:
                 stop = border
-                self.changed.set()  # for the rest
+                self.changed.set()  # more batches remain
             is_last = sample.finish is not None and stop == len(sample.token_ids) and not read.has_finish[index]
             is_due = stop - start >= self._min_tokens or start == 0 or start < border or is_over
             if not is_last and (start == stop or not is_due):
@@ -231,7 +235,7 @@ class TranscriptReader:
         return batches
 
     def raise_error(self) -> None:
-        """Raise StatusError if the request ended with one and all before that was taken."""
+        """Raise StatusError if the request ended with one and all results before that were taken."""
         if self._transcript.error is not None:
             raise StatusError.from_link(self._transcript.error)
 

@@ -1,4 +1,4 @@
-"""The shape of an answer: what a client asks for in, a grammar in llguidance's variant of Lark out."""
+"""Conversion of the shape that a client asks for to a grammar in llguidance's variant of Lark."""
 
 from scalellm.services.tokenizer.structure.grammar import grammar_of
 

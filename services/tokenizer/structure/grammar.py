@@ -1,4 +1,4 @@
-"""From the shape that a request asks for to the one grammar that the executor takes."""
+"""Conversion of any shape that a request can ask for to one grammar for the executor."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def grammar_of(structured: generation_pb2.StructuredOutput, special_ids: Mapping
         structured: The client's shape.
         special_ids: The model's special tokens, by their texts.
 
-    Raises StatusError that names the field and the limit. Whether a regular expression or a grammar makes sense is the
-    executor's to say, which refuses it before the first token.
+    Raises StatusError that names the field and the limit. Regular expressions and grammars are not validated here: the
+    executor refuses invalid ones before the first token.
     """
     kind = structured.WhichOneof("shape")
     if kind is None:
@@ -64,7 +64,9 @@ def _choices(choice: generation_pb2.Choice) -> Sequence[str]:
 
 
 def _tagged(tag: generation_pb2.StructuralTag, special_ids: Mapping[str, int]) -> str:
-    """Any text, until one of the triggers comes: then one of the structures that begin with it."""
+    """Return the grammar of a structural tag: any text up to a trigger, then one of the structures that begin
+    with it.
+    """
     field = f"{_FIELD}.structural_tag"
     _check_count("structural_tag.structures", tag.structures)
     _check_count("structural_tag.triggers", tag.triggers)

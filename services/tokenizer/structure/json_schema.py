@@ -1,4 +1,4 @@
-"""Reads JSON Schemas that nobody vouches for. What the executor would ignore is refused here, by its name."""
+"""Validation of clients' JSON Schemas. A keyword that the executor would ignore is refused by its name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalellm.services.tokenizer.structure.lark import ascii_classes
 FORMATS = frozenset(
     {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 )  # fmt: skip
-"""Formats of strings that are kept to."""
+"""Formats of strings that are enforced."""
 
 _ONE_SCHEMA = frozenset({"additionalItems", "additionalProperties", "items"})
 _SCHEMA_LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
@@ -34,10 +34,10 @@ _ANNOTATIONS = frozenset(
         *("discriminator", "externalDocs", "xml"),
     }
 )
-"""Keywords that allow and forbid nothing."""
+"""Keywords that constrain nothing."""
 
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
-"""Keywords that count."""
+"""Keywords whose values are counts."""
 
 _KNOWN_DRAFTS = re.compile(r"https?://json-schema\.org/(draft/(2020-12|2019-09)|draft-0[3467])/schema#?")
 
@@ -51,14 +51,14 @@ _TIME = rf"{_HOUR}:[0-5][0-9](?:\.[0-9]+)?(?:[Zz]|[+-]{_HOUR})"
 _PATTERNS: Mapping[str, str] = MappingProxyType(
     {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[Tt]{_TIME}$"}
 )
-"""Formats of which the executor allows too much: February 29 in any year, a 60th second at any time; here at none."""
+"""Stricter patterns for formats of which the executor allows too much: February 29 in any year, and leap seconds."""
 
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01]")
 """In JSON text: a character that JSON writes as \\u and a number, which answers do not have (see `_OPTIONS`)."""
 
 _OPTIONS: Mapping[str, object] = MappingProxyType(
     {
-        # A model that is unsure likes to go on with spaces: without a bound, until max_tokens.
+        # White space is bounded, because an unsure model tends to write spaces until max_tokens.
         "whitespace_pattern": r"[ \n\r\t]{1,32}",
         # Without \u: halves of surrogate pairs are no text, and pairs would count as two characters.
         "json_allowed_escapes": 'nrbtf\\"',
@@ -68,7 +68,7 @@ _OPTIONS: Mapping[str, object] = MappingProxyType(
 
 
 def checked_schema(text: str, field: str) -> str:
-    """Return a schema as the executor takes it. Raises StatusError, which names `field`, for what is not supported.
+    """Return a schema for the executor. Raises StatusError, which names `field`, for unsupported keywords or values.
 
     Args:
         text: A JSON Schema, as JSON text. Its size was checked.
@@ -96,7 +96,7 @@ def checked_schema(text: str, field: str) -> str:
         schema = {"x-guidance": dict(_OPTIONS), **schema}
     try:
         return json.dumps(schema, allow_nan=False)
-    except ValueError:  # it was read, so it is no circle
+    except ValueError:  # not a reference cycle, since the schema was parsed from text
         _refuse(field, "holds a number that is too large")
 
 
@@ -170,7 +170,7 @@ def _check_keyword(keyword: str, value: Any, schema: Mapping[str, Any], path: st
                 f"required, beside the optional property {_shown(optional[0])}",
             )
         enforced = max(1, len(required))
-        if keyword == "minProperties" and value > enforced:  # the grammar cannot tell that a name comes twice
+        if keyword == "minProperties" and value > enforced:  # the grammar cannot exclude that a name occurs twice
             _refuse(
                 field,
                 f"has minProperties {_shown(value)} at {_shown_path(path)}; supported are 1 and the number of required "

@@ -12,14 +12,14 @@ _ASCII_CLASSES: Mapping[str, str] = MappingProxyType(
 
 
 def text(value: str) -> str:
-    """Return what stands for a text: nothing for an empty one, as there is no terminal for it."""
+    """Return the terminal of a text; empty for an empty text, for which there is no terminal."""
     return json.dumps(value) if value else ""
 
 
 def ascii_classes(pattern: str) -> str:
-    """Return a regular expression in which \\d and \\w mean what they do in JSON Schema: characters of ASCII.
+    """Return a regular expression in which \\d and \\w are restricted to ASCII, as in JSON Schema.
 
-    To the executor they are those of all scripts, and a model that draws at random finds them.
+    The executor would take them for characters of all scripts, which a model that samples sometimes draws.
     """
     return _ESCAPED.sub(lambda found: _ASCII_CLASSES.get(found[1], found[0]), pattern)
 
@@ -42,17 +42,17 @@ def regex(pattern: str) -> str:
 
 
 def json_value(schema: str) -> str:
-    """Return what stands for JSON that a schema, which is JSON text, describes."""
+    """Return the expression for JSON that matches a schema, which is given as JSON text."""
     return f"%json {schema}"
 
 
 def token(token_id: int) -> str:
-    """Return what stands for one token of the vocabulary."""
+    """Return the expression for one token of the vocabulary."""
     return f"<[{token_id}]>"
 
 
 def literal(value: str, special_ids: Mapping[str, int]) -> str:
-    """Return what stands for a text in which special tokens, given by their texts, are these tokens."""
+    """Return the expression for a text, in which the texts of special tokens stand for these tokens."""
     parts, plain = [], ""
     while value:
         special = max(filter(value.startswith, special_ids), key=len, default="")

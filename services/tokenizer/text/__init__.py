@@ -1,1 +1,1 @@
-"""The text core: no gRPC in here, no protobuf, and nothing but text and token ids."""
+"""Tokenizers, detokenising, chat templates and stop strings: text and token ids only, without gRPC or protobuf."""

@@ -1,6 +1,6 @@
-"""The process that renders chat templates: reads a request from stdin, writes the answer to stdout, until stdin ends.
+"""The process that renders chat templates. It reads requests from stdin and writes answers to stdout, until stdin ends.
 
-The first request holds the template and the limits.
+The first request contains the template and the limits.
 """
 
 import resource
@@ -19,7 +19,7 @@ def main() -> None:
     setup = read_line(requests)
     if setup is None:
         return
-    # Ctrl-C reaches the whole process group; the parent decides when this process ends.
+    # Ctrl-C signals the whole process group, but the parent alone ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
     try:

@@ -1,4 +1,4 @@
-"""Renders chat templates in a child process, so that a limit on time or memory is a limit.
+"""Renders chat templates in a child process, so that limits on time and memory can be enforced.
 
 A sandboxed template can still loop for hours or double a string until memory is gone, and neither a thread nor a
 signal handler stops that reliably. A process can be killed. The child is started once and kept; a render costs one
@@ -21,7 +21,7 @@ from scalellm.services.tokenizer.text.turns import Job, Turns
 
 _START_SECONDS = 120.0
 _STALL_SECONDS = 30.0
-"""Longest wait for one render, on a machine whose CPUs have other things to do or beside a process that was stopped."""
+"""Most seconds to wait for one render, if the machine is busy or the child was stopped."""
 _RETRY_SECONDS = 1.0
 
 # JSON in ASCII takes at most so many bytes for a character: two escapes for one beyond the first plane.
@@ -46,9 +46,9 @@ class _Render(Job):
 class ChatRenderer:
     """One model's chat template in a process of its own. Use as an async context manager.
 
-    Renders run one after the other. Callers take turns; one that goes away before its turn costs nothing, and one that
-    goes away later does not disturb the others. A render that hits a limit costs a restart of the child, which the next
-    render pays. Where something else ends the child, the render is tried once more.
+    Renders run one after the other, and callers take turns. A caller that leaves before its turn costs nothing, and one
+    that leaves later does not disturb the others. If a render exceeds a limit, the child is restarted with the next
+    render. If the child ends for another reason, the render is tried once more.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], limits: RenderLimits | None = None) -> None:
@@ -77,7 +77,7 @@ class ChatRenderer:
 
     @property
     def is_working(self) -> bool:
-        """True while chats are rendered; false once that has failed for good."""
+        """True while chats can be rendered; false once that has failed for good."""
         return self._worker is not None and not self._worker.done()
 
     async def render(
@@ -103,8 +103,8 @@ class ChatRenderer:
             kwargs: See there.
 
         Raises:
-            ChatTemplateError: Refused by the template, or over a limit.
-            StatusError: UNAVAILABLE: the child does not start, or does not get to it.
+            ChatTemplateError: The template refuses the messages, or exceeds a limit.
+            StatusError: UNAVAILABLE if the child does not start, or does not answer in time.
         """
         request = {
             "messages": messages,
@@ -127,7 +127,7 @@ class ChatRenderer:
                 render.result.cancel()
                 raise
             except Exception as error:
-                if not render.result.done():  # the caller has not gone
+                if not render.result.done():  # the caller still waits
                     render.result.set_exception(error)
             else:
                 if not render.result.done():
@@ -143,7 +143,9 @@ class ChatRenderer:
         return text
 
     async def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """Return the child's answer; None if it ended, but not by the limit on time, or answered with too much."""
+        """Return the child's answer; None if it ended for another reason than the time limit, or its answer was too
+        long.
+        """
         child = await self._running_child()
         try:
             async with asyncio.timeout(_STALL_SECONDS):

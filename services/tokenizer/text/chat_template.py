@@ -1,8 +1,8 @@
 """Chat templates: Jinja in a sandbox, with the dialect that models' templates are written in.
 
-A template belongs to the model, so it is as trustworthy as whoever published the weights. The sandbox keeps it away
-from the interpreter; how long it may run and how much memory it may take is up to `chat_renderer`, which runs it in a
-process that can be killed. Here the size of the output is bounded.
+A template belongs to the model, so it is as trustworthy as the publisher of the weights. The sandbox denies it access
+to the interpreter, and this module limits the size of its output. Its time and memory are limited by `chat_renderer`,
+which runs it in a process that can be killed.
 """
 
 import json
@@ -21,11 +21,12 @@ from jinja2.utils import Namespace
 from scalellm.services.tokenizer.text.chat_template_error import ChatTemplateError
 
 _MAX_REASON_CHARS = 200
-"""A template may quote the conversation in its refusal; a status message travels in a header of a few kilobytes."""
+"""Most characters of a template's refusal, which may quote the conversation; a status message must fit into a
+header."""
 
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
-"""Marks where the last message ends when the answer goes on with it, as transformers do: a template may look at what it
-writes."""
+"""Marks the end of the last message when the answer continues it. The text is that of transformers, because a template
+may examine the content that it writes."""
 
 
 class _GenerationBlock(Extension):
@@ -174,5 +175,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Serialise for a model: Jinja's own filter escapes what HTML would need."""
+    """Serialise for a model, without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

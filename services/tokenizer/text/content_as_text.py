@@ -1,8 +1,8 @@
-"""Special tokens' texts in what people write: text, where the template's own are special tokens.
+"""Encoding of special tokens' texts in users' messages as plain text, while the template's own are special tokens.
 
-A template puts contents among its special tokens, and the tokenizer recognises both. So the contents are given to the
-template with a mark inside every special token's text that they hold. Of the rendered text only what has no mark is a
-special token, and without the marks it is the text that was meant.
+A tokenizer recognises special tokens' texts anywhere in a rendered template. So before contents are given to the
+template, a mark is put inside every special token's text in them. In the rendered text, only texts without a mark are
+special tokens; without its marks, it is the intended text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class MarkedText:
     """A rendered conversation.
 
     Attributes:
-        text: With marks.
-        mark: The mark, a character that the text has nowhere else; empty: the text has none.
+        text: The text with marks.
+        mark: The mark, a character that occurs nowhere else in the text; empty: the text has no marks.
     """
 
     text: str
@@ -36,14 +36,14 @@ class MarkedText:
         return self.text.replace(self.mark, "") if self.mark else self.text
 
     def rest(self, start: int) -> MarkedText:
-        """Return what follows the first `start` characters of `plain`."""
+        """Return the text after the first `start` characters of `plain`."""
         place, num_marks = start, -1
         while self.mark and (now := self.text.count(self.mark, 0, place)) != num_marks:
             place, num_marks = start + now, now
         return MarkedText(self.text[place:], self.mark)
 
     def after(self, text: str) -> MarkedText:
-        """Return it behind a text without marks."""
+        """Return this text appended to `text`, which has no marks."""
         return MarkedText(text + self.text, self.mark)
 
 
@@ -64,7 +64,7 @@ class SpecialTexts:
 
     @cached_property
     def are_alone(self) -> bool:
-        """True if a text behind a special token is encoded as if it stood alone."""
+        """True if a text after a special token is encoded as if it stood alone."""
         encode = self._tokenizer.encode
         return not self._tokens or any(
             encode(text + "x", add_special_tokens=False).ids == [token_id, *encode("x", add_special_tokens=False).ids]
@@ -77,9 +77,9 @@ class SpecialTexts:
         return next(mark for mark in map(chr, _MARKS) if not any(mark in text for text in known))
 
     def mark(self, text: str, mark: str) -> str:
-        """Return `text` without any special token's text, by marks inside of them."""
+        """Return `text` with a mark inside each special token's text, so that none is recognised."""
         while (marked := self._pattern.sub(lambda found: mark.join(found[0]), text)) != text:
-            text = marked  # one may begin where another ended
+            text = marked  # a special token's text may overlap another one
         return text
 
     def mark_all(self, value: Any, mark: str) -> Any:
@@ -109,8 +109,9 @@ class SpecialTexts:
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """A regular expression for the longest of the texts that stands at a place: a tree of their beginnings, as trying
-    thousands of them one after the other would make a text of `<` expensive."""
+    """Return a regular expression that matches the longest of the texts at a position. It is built as a tree of common
+    prefixes, because alternatives of thousands of texts would make a text of many `<` expensive.
+    """
     by_first: dict[str, list[str]] = {}
     for text in texts:
         by_first.setdefault(text[:1], []).append(text[1:])

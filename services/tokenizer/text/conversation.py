@@ -1,9 +1,9 @@
-"""Token ids of a conversation's next turn, such that what the model has already read stays what it has read.
+"""Token ids of a conversation's next turn, such that the ids of earlier turns stay as they were.
 
-Decoding tokens and encoding the text again need not give the same tokens, so a stored answer is never encoded again:
-a prefix cache is only hit by the ids that were computed. A conversation is kept as segments, prompts and answers in
-turn, each with its text and its exact ids. As long as the newly rendered text repeats a segment's text, its ids stay.
-A template that rewrites the past (trims an answer, drops its reasoning) costs the segments from there on, no more.
+Decoding tokens and encoding the text again need not give the same tokens, but a prefix cache is hit only by the same
+ids, so a stored answer is never encoded again. A conversation is kept as segments, alternately prompts and answers,
+each with its text and its exact ids. As long as the newly rendered text repeats a segment's text, its ids are kept. If
+a template rewrites the past (trims an answer, drops its reasoning), only the segments from there on are lost.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -44,8 +44,8 @@ class Continuation:
 def answer_segment(texts: TokenTexts, token_ids: Sequence[int], content: str) -> Segment:
     """Return the segment for an answer: `token_ids` as generated, `content` as the message holds it.
 
-    Usually these are all tokens, the end token included. When text was cut off, by a stop string say, the tokens are
-    those up to the cut; what `content` has beyond them will be encoded with the next turn.
+    Usually the segment has all tokens, the end token included. If text was cut off, for instance by a stop string, it
+    has those up to the cut; the rest of `content` is encoded with the next turn.
     """
     visible = texts.detokenizer()
     if visible.push(token_ids) + visible.flush() == content:
@@ -58,7 +58,7 @@ def answer_segment(texts: TokenTexts, token_ids: Sequence[int], content: str) ->
         if not content.startswith(piece, length):
             break
         length += len(piece)
-        if detokenizer.is_complete:  # only where the tokens so far end with a whole character
+        if detokenizer.is_complete:  # only if the tokens so far end with a complete character
             kept_length, kept_tokens = length, count
     return Segment(content[:kept_length], tuple(token_ids[:kept_tokens]))
 
@@ -83,7 +83,7 @@ class ConversationEncoder:
         Args:
             history: The conversation so far.
             rendered: The text of the whole conversation.
-            encode: Encodes a text without the model's own surrounding tokens: a template writes those itself.
+            encode: Encodes a text without the model's own surrounding tokens, which a template writes itself.
         """
         kept: list[Segment] = []
         position, text = 0, rendered.plain
@@ -99,10 +99,11 @@ class ConversationEncoder:
         return Continuation(tuple(kept), Segment(text[position:], tuple(ids)))
 
     async def _encode_after(self, kept: Sequence[Segment], rest: MarkedText, encode: Encode) -> list[int] | None:
-        """Encode what follows the kept segments as it would be in its place, or return None where that is not possible.
+        """Encode the text after the kept segments as it would be encoded within the whole text; None if that is
+        impossible.
 
-        Added tokens are cut out of a text before anything else happens to it, so right beside one the cut makes no
-        difference. Elsewhere it makes none that matters, except to a tokenizer that puts a space before every text.
+        Added tokens are split off before a text is encoded, so a cut next to one makes no difference. A cut elsewhere
+        makes none that matters, except for a tokenizer that puts a space before every text.
         """
         last = next((segment.token_ids[-1] for segment in reversed(kept) if segment.token_ids), None)
         if last is None or not rest.text:
@@ -117,7 +118,7 @@ class ConversationEncoder:
 
 
 def _adds_prefix(tokenizer: Tokenizer) -> bool:
-    """Tell whether encoding puts something, a space, before every text."""
+    """Return whether encoding puts a prefix, such as a space, before every text."""
     text = "x"
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)

@@ -1,14 +1,14 @@
-"""Token ids to text, incrementally: the deltas, and what `flush` returns, add up to decoding everything at once.
+"""Incremental conversion of token ids to text. The deltas and the result of `flush` add up to decoding all ids at once.
 
-`tokenizers.decoders.DecodeStream` does not give that: it has no flush, so what is pending at the end is lost; it takes
-every U+FFFD at the end of a text for an unfinished character, so after invalid bytes it stays silent and decodes an
-ever longer tail again with every token; and on some byte-fallback sequences it raises. So the decoder is interpreted
-here, from a table of what each token contributes. A token costs the same however long the text is.
+`tokenizers.decoders.DecodeStream` does not guarantee that: it has no flush, so pending text at the end is lost; it
+takes every U+FFFD at the end of a text for an incomplete character, so after invalid bytes it returns nothing and
+decodes an ever longer tail again with every token; and it raises on some byte-fallback sequences. So the decoder is
+implemented here, with a table of the text of each token. The cost of a token does not depend on the length of the text.
 
 Two kinds of decoder cover language models:
 
-- byte-level: tokens are bytes; the text is their concatenation as UTF-8;
-- pieces: tokens are text, except for byte-fallback tokens (`<0xE2>`), of which a run stands for the bytes of a text.
+- byte-level: tokens are bytes, and the text is their concatenation as UTF-8; - pieces: tokens are text, except for
+byte-fallback tokens (`<0xE2>`), consecutive ones of which are the bytes of a text.
 """
 
 import codecs
@@ -35,10 +35,10 @@ class Detokenizer(Protocol):
     """Turns one sample's tokens into text. Not safe for concurrent use."""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Return the text that is certain once these tokens follow the earlier ones; may be empty."""
+        """Add tokens. Returns the text that has become certain, which may be empty."""
 
     def flush(self) -> str:
-        """Return the rest, with U+FFFD where a character stayed incomplete. The last call."""
+        """Return the rest, with U+FFFD for incomplete characters. No call may follow."""
 
     def copy(self) -> Self:
         """Return an independent detokenizer in the same state."""
@@ -51,7 +51,7 @@ class Detokenizer(Protocol):
 class TokenTexts:
     """The text that each token of a vocabulary contributes. Built once per tokenizer; immutable.
 
-    A text may begin with token 0, or go on `after` others.
+    The detokenizers are for texts that begin with their first token, unless `after` was used.
 
     Attributes:
         tokens: The vocabulary's spelling of each token, by id.
@@ -69,7 +69,7 @@ class TokenTexts:
         for token, token_id in vocabulary.items():
             tokens[token_id] = token
         added = tokenizer.get_added_tokens_decoder()
-        for token_id, added_token in added.items():  # which goes before another token with this id
+        for token_id, added_token in added.items():  # an added token takes precedence over another token with its id
             tokens[token_id] = added_token.content
         self.tokens = [token or "" for token in tokens]
         self.special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -87,18 +87,18 @@ class TokenTexts:
             self._pieces = (_PieceTable(tokens, rule), _PieceTable(visible, rule))
 
     def after(self, token_ids: Sequence[int]) -> "TokenTexts":
-        """Return the same for texts that go on after a prompt: its last word does not begin a text.
+        """Return the same for texts that continue a prompt, whose first token does not begin a text.
 
-        An answer is `decode(prompt + answer)[len(decode(prompt)):]`: decoders that take a space off the start of a text
-        leave it where the answer begins. Of a character that the prompt begins and the answer completes, which that
-        formula would cut, the answer shows all.
+        An answer is `decode(prompt + answer)[len(decode(prompt)):]`, so decoders that remove a space at the start of a
+        text keep one at the start of the answer. A character that the prompt begins and the answer completes, which the
+        formula would cut, is shown as a whole.
         """
         continued = copy.copy(self)
         continued._preceding = token_ids
         return continued
 
     def showing(self, token_ids: Collection[int]) -> "TokenTexts":
-        """Return the same for texts in which these special tokens are never left out."""
+        """Return the same, with these special tokens never left out."""
         if not token_ids:
             return self
         shown = copy.copy(self)
@@ -111,7 +111,7 @@ class TokenTexts:
         return shown
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the bytes that a token contributes where it stands behind others; special tokens have their text."""
+        """Return the bytes of a token that follows others. For a special token these are its text."""
         if self._bytes is not None:
             table = self._bytes[0]
             return table[token_id] if token_id < len(table) else b""
@@ -132,7 +132,9 @@ class TokenTexts:
 
 
 class _AfterIncompleteCharacter:
-    """A text that goes on after bytes that may be an incomplete character. The text before them ends in `shown`."""
+    """Detokenizer of a text that continues bytes of a possibly incomplete character. The text before them ends in
+    `shown`.
+    """
 
     def __init__(self, detokenizer: Detokenizer, shown: str) -> None:
         self._detokenizer = detokenizer
@@ -152,7 +154,7 @@ class _AfterIncompleteCharacter:
         return self._detokenizer.is_complete
 
     def _cut(self, text: str) -> str:
-        # The first text that comes contains the whole character; none of it was shown before.
+        # The first new text contains the whole character, of which nothing was shown before.
         if text and self._shown:
             is_complete = self._shown.startswith("\ufffd") and not text.startswith(self._shown)
             text, self._shown = text if is_complete else text[len(self._shown) :], ""
@@ -170,7 +172,7 @@ class _ByteLevelDetokenizer:
         table = self._table
         try:
             data = b"".join([table[token_id] for token_id in token_ids])
-        except IndexError:  # a model's output layer may be padded beyond its vocabulary: such ids have no text
+        except IndexError:  # an id beyond the vocabulary, which a padded output layer may produce, has no text
             data = b"".join([table[token_id] for token_id in token_ids if token_id < len(table)])
         return self._utf8.decode(data)
 
@@ -187,7 +189,7 @@ class _ByteLevelDetokenizer:
         return not self._utf8.getstate()[0]
 
     def _last_bytes(self, token_ids: Sequence[int]) -> bytes:
-        """At least as many of the last bytes as a character has, so that its first one is among them."""
+        """Return at least as many of the last bytes as a character may have, so that they contain its first byte."""
         table, last = self._table, b""
         for token_id in reversed(token_ids):
             last = (table[token_id] if token_id < len(table) else b"") + last
@@ -197,7 +199,7 @@ class _ByteLevelDetokenizer:
 
 
 class _PieceTable:
-    """Per token id: its text, or the byte it stands for, or None for nothing."""
+    """Table by token id: its text, its byte, or None for no text."""
 
     def __init__(self, tokens: list[str | None], rule: PieceRule) -> None:
         self.rule = rule
@@ -207,7 +209,7 @@ class _PieceTable:
         )
 
     def showing(self, whole: "_PieceTable", token_ids: Collection[int]) -> "_PieceTable":
-        """Return this table with some entries of one that has all."""
+        """Return this table, with the entries of some tokens taken from a complete table."""
         shown = copy.copy(self)
         shown.entries, shown.first = list(self.entries), list(self.first)
         for token_id in token_ids:
@@ -258,8 +260,9 @@ class _PieceDetokenizer:
         return not self._run
 
     def _go_on_after(self, token_ids: Sequence[int]) -> None:
-        """Take the state after these tokens: of the first ones as far as they change how texts begin, and of a last run
-        of bytes."""
+        """Set the state after a prompt's tokens: whether a text has begun, and the bytes of a run at the
+        prompt's end.
+        """
         entries = self._table.entries
         count = 0
         while count < len(token_ids) and (self._first or self._to_strip):
@@ -276,7 +279,7 @@ class _PieceDetokenizer:
         self._run += bytes(reversed(last))
 
     def _end_run(self) -> str:
-        # One bad byte turns every byte of the run into U+FFFD, so nothing of a run is certain before its end.
+        # One invalid byte turns every byte of a run into U+FFFD, so no text of a run is certain before its end.
         try:
             text = self._run.decode("utf-8")
         except UnicodeDecodeError:

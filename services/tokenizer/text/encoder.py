@@ -1,4 +1,4 @@
-"""Text to token ids without holding up the event loop."""
+"""Encoding of text to token ids without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from scalellm.services.tokenizer.text.token_bound import TokenBound
 from scalellm.services.tokenizer.text.turns import Job, Turns
 
 INLINE_CHARS = 1024
-"""Texts up to this length are encoded on the event loop: about 0.3 us per character, while handing a text to the thread
-and back costs 50-100 us and the thread takes the GIL for part of its work anyway."""
+"""Longest text, in characters, that is encoded on the event loop, at about 0.3 us per character. Passing a text to the
+thread costs 50-100 us, and the thread holds the GIL for part of its work anyway."""
 
 BATCH_CHARS = 1 << 16
-"""Texts are batched up to this many characters, about 20 ms: a batch is answered as a whole."""
+"""Most characters of a batch, which take about 20 ms, because all texts of a batch are answered together."""
 
 
 ResultT = TypeVar("ResultT")
 
 
 class TooManyTokensError(Exception):
-    """A text is not encoded, as it has more tokens than its caller could use.
+    """A text was not encoded because it has more tokens than its caller allows.
 
     Attributes:
-        at_least: A number of tokens that it has at least.
+        at_least: Lower bound of its number of tokens.
     """
 
     def __init__(self, at_least: int) -> None:
@@ -39,7 +39,7 @@ class TooManyTokensError(Exception):
 
 
 class TokenizerPanicError(Exception):
-    """The tokenizers library panicked over a text: its own fault, which concerns no other text."""
+    """The tokenizers library panicked on a text, which is a fault of the library and affects no other text."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -57,12 +57,12 @@ class _Encoding(Job):
 class EncodeBatcher:
     """Encodes the texts of concurrent callers in batches, in one thread. Use as an async context manager.
 
-    While a batch is being encoded the next one gathers, so nobody waits for a batch to fill. The tokenizer is only
-    read: no truncation or padding is ever switched. Callers take turns, and one that is cancelled before its batch
+    The next batch is collected while one is being encoded, so no text waits for a batch to fill. The tokenizer is only
+    read: truncation and padding are never changed. Callers take turns, and one that is cancelled before its batch
     starts costs nothing.
 
     Attributes:
-        num_panics: Texts that the tokenizers library panicked over.
+        num_panics: Number of texts on which the tokenizers library panicked.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -85,7 +85,7 @@ class EncodeBatcher:
 
     @property
     def is_working(self) -> bool:
-        """True while long texts are encoded; false once that has failed for good."""
+        """True while long texts can be encoded; false once that has failed for good."""
         return self._worker is not None and not self._worker.done()
 
     async def encode(
@@ -122,13 +122,13 @@ class EncodeBatcher:
         return await self.run(caller, partial(self._encode_marked, text, max_tokens))
 
     async def run(self, caller: str, work: Callable[[], ResultT]) -> ResultT:
-        """Return the result of other long work on text, done in the same thread when it is the caller's turn."""
+        """Run other long work on text in the same thread when it is the caller's turn, and return its result."""
         result: ResultT = await self._jobs.finish(_Work(caller=caller, work=work))
         return result
 
     @cached_property
     def _bound(self) -> TokenBound:
-        # Made when the first text comes that may be too long: it takes a second for a large vocabulary.
+        # Made for the first text that may be too long, because it takes a second for a large vocabulary.
         return TokenBound(self._tokenizer)
 
     @cached_property
@@ -138,7 +138,9 @@ class EncodeBatcher:
 
     @cached_property
     def _text_tokenizer(self) -> Tokenizer:
-        """The same tokenizer, to which special tokens' texts are text. Made for the first chat that wants it."""
+        """A copy of the tokenizer that encodes special tokens' texts as plain text. Made for the first chat that needs
+        it.
+        """
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.encode_special_tokens = True
         return tokenizer
@@ -152,7 +154,7 @@ class EncodeBatcher:
         return [token_id for part in parts for token_id in ((part,) if isinstance(part, int) else next(encoded))]
 
     def _check_bound(self, text: str, max_tokens: int) -> None:
-        # Every token has a character at least.
+        # Every token has at least one character.
         if len(text) > max_tokens and (at_least := self._bound.at_least(text)) > max_tokens:
             raise TooManyTokensError(at_least)
 
@@ -176,7 +178,7 @@ class EncodeBatcher:
                 results = [error] * len(batch)
             for job, result in zip(batch, results, strict=True):
                 self.num_panics += isinstance(result, TokenizerPanicError)
-                if job.result.done():  # the caller has gone
+                if job.result.done():  # the caller has left
                     continue
                 if isinstance(result, Exception):
                     job.result.set_exception(result)
@@ -184,7 +186,7 @@ class EncodeBatcher:
                     job.result.set_result(result)
 
     def _take_batch(self, first: _Encoding) -> list[_Encoding]:
-        """Take the texts that come next, as long as they are of one kind and the batch stays small."""
+        """Remove the next texts from the queue, as long as they have the same options and the batch stays small."""
         batch, chars = [first], len(first.text)
         while isinstance(job := self._jobs.peek(), _Encoding):
             chars += len(job.text)
@@ -195,7 +197,7 @@ class EncodeBatcher:
         return batch
 
     def _encode_batch(self, batch: Sequence[_Encoding]) -> Sequence[list[int] | Exception]:
-        """In the thread: the token ids of each text, or why there are none."""
+        """Return the token ids of each text, or its exception. Runs in the thread."""
         results: dict[int, list[int] | Exception] = {}
         for index, job in enumerate(batch):
             if job.max_tokens is not None:
@@ -215,7 +217,7 @@ class EncodeBatcher:
         return [results[index] for index in range(len(batch))]
 
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int] | Exception:
-        """Encode each text of a batch that failed alone: only one of them is at fault."""
+        """Encode one text of a batch that failed, because only one of its texts may be at fault."""
         try:
             return _encode(self._tokenizer, [text], add_special_tokens)[0]
         except Exception as error:
@@ -227,11 +229,11 @@ def _do(job: _Work) -> Sequence[Any]:
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-    # The batch call also for one text: it skips the character offsets, about a fifth of the work.
+    # The batch call is used even for one text, because it skips the character offsets, about a fifth of the work.
     try:
         encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
     except BaseException as error:
-        # A panic in Rust is no Exception, so that it would end the task that waits for it.
+        # A panic in Rust is not an Exception, and would end the task that waits for it.
         if type(error).__name__ == "PanicException":
             raise TokenizerPanicError(f"the tokenizers library panicked: {error}") from None
         raise

@@ -40,7 +40,7 @@ def load_model_tokenizer(model: Path) -> ModelTokenizer:
 
 
 def _check_encodes(tokenizer: Tokenizer, path: Path) -> None:
-    """Encode a text: the library accepts files, post-processors above all, with which every call panics."""
+    """Check a tokenizer by encoding a text, because the library accepts files with which every call panics."""
     for add_special_tokens in (False, True):
         from_library(
             partial(tokenizer.encode_batch_fast, ["a"], add_special_tokens=add_special_tokens),
@@ -71,7 +71,7 @@ def _load_directory(folder: Path) -> ModelTokenizer:
     tokenizer = from_library(lambda: Tokenizer.from_file(str(path)), f"{path}: not a tokenizer this version can read")
     check_bounds(tokenizer, path)
     check_patterns(tokenizer, path)
-    # Both would be part of what encoding returns; lengths are the service's business.
+    # Truncation and padding are switched off, because the service checks lengths itself.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config = read_json_object(folder / "tokenizer_config.json", missing={})

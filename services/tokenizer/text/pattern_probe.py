@@ -1,8 +1,8 @@
-"""Finds regular expressions of a tokenizer.json that take far too long on some texts.
+"""Detects regular expressions of a tokenizer.json that take far too long on some texts.
 
-The library's engine backtracks. It gives an attempt to match up after ten million steps, half a second, but makes a new
-one at each character of the text: a pattern such as `(a+)+b` costs an hour on a text that anybody can send. The file is
-the operator's and the text a stranger's, so patterns are tried when the file is loaded.
+The library's engine backtracks. It abandons a match attempt after ten million steps (half a second), but begins a new
+one at each character of the text, so a pattern such as `(a+)+b` can take an hour on a text that any client can send.
+Therefore patterns are tested when the operator's file is loaded.
 """
 
 import json
@@ -19,18 +19,18 @@ from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenize
 from scalellm.services.tokenizer.text.pre_tokenizers import KNOWN_PATTERNS
 
 _LENGTH = 16_384
-"""Characters of a probe. One attempt whose steps grow with the square of the text is given up by the engine at this
-length; where each attempt takes as many steps as the text has characters, the time tells."""
+"""Characters of a probe. At this length the engine abandons an attempt with a quadratic number of steps; attempts with
+a linear number of steps at each character are detected by the total time."""
 
 _MOST_SECONDS = 0.1
-"""Most CPU time of one probe: it takes some milliseconds if it grows with the length, half a second and more if it
-grows with the length squared."""
+"""Most CPU seconds of one probe. Linear time is some milliseconds, quadratic time half a second or more."""
 
 _MOST_TRIES = 3
-"""Measurements before a probe counts as slow: a single one may be long for another reason, such as a busy machine."""
+"""Measurements, all of which must be slow, because a single one may be slow for another reason, such as a busy
+machine."""
 
 _KINDS = ("a", "A", "1", " ", "\n", "_", ".", "'", "é", "中")
-"""A character of each kind that patterns tell apart."""
+"""One character of each kind that patterns distinguish."""
 
 _SYNTAX = frozenset("\\()[]{}|?*+^$-:,")
 _MOST_LITERALS = 16
@@ -43,7 +43,7 @@ def check_patterns(tokenizer: Tokenizer, source: object) -> None:
         if component is not None:
             found.update(_patterns(json.loads(component.__getstate__())))
     for pattern in sorted(found - KNOWN_PATTERNS):
-        # Removing the matches makes one text; splitting at them would make an object, and collect garbage, for each.
+        # Removing the matches makes one text, while splitting at them would make an object for each.
         remove = normalizers.Replace(Regex(pattern), "").normalize_str
         refusal = f"{source}: the pattern {shown(pattern)} takes too long on repeated characters"
         for probe in _probes(pattern):
@@ -77,7 +77,7 @@ def _probes(pattern: str) -> Iterator[str]:
     singles = [*dict.fromkeys((*_KINDS, *islice(literals, _MOST_LITERALS)))]
     pairs = [first + second for first, second in product(_KINDS[:4], repeat=2) if first != second]
     pairs += map("".join, zip(literals, islice(literals, 1, _MOST_LITERALS), strict=False))
-    # The end has all characters that a pattern may need somewhere: without them the engine does not even begin.
+    # The end contains all characters that a pattern may require, because the engine does not begin without them.
     end = "\0" + "".join(singles)
     for unit in (*singles, *pairs):
         yield unit * (_LENGTH // len(unit)) + end

@@ -1,9 +1,9 @@
-"""Stop strings in streamed text, wherever the chunks' borders lie.
+"""Detection of stop strings in streamed text, also across the borders of chunks.
 
 All stop strings are matched at once by an Aho-Corasick automaton (Aho and Corasick, 1975), in amortised constant time
-per character. Its state is how much of the text's end could still become a stop string, so exactly that much is held
-back. The match that is complete first wins, and of several that end at the same character the longest: the outcome
-depends on the text alone, not on how it was cut.
+per character. Its state is the longest end of the text that could still become a stop string, and exactly that text is
+held back. The match that is complete first wins, and of several that end at the same character the longest, so the
+result depends on the text alone, not on how it was cut.
 """
 
 import re
@@ -45,7 +45,7 @@ class StopStrings:
             return 0, len(text)
         position, length = 0, len(text)
         while position < length:
-            if state == 0:  # most text starts no stop string: leave it to the regex engine
+            if state == 0:  # the regex engine skips text that begins no stop string
                 found = self._first.search(text, position)
                 if found is None:
                     return 0, length
@@ -132,7 +132,7 @@ class StopMatcher:
         match.
         """
         self._state, read = self._stops.scan(self._state, text, passes_matches=passes_matches)
-        # A state that is a match without any text may be left from one that was passed.
+        # Without new text, a state that is a match is left from a match that was passed over.
         stop = self._stops.match(self._state) if read and not passes_matches else ""
         known = self._held + text[:read]
         if stop:
@@ -147,6 +147,6 @@ class StopMatcher:
         return StopResult(known[:shown], read)
 
     def flush(self) -> str:
-        """Return what was held back, now that no more text comes."""
+        """Return the text that was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held

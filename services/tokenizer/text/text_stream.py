@@ -1,4 +1,4 @@
-"""One sample's tokens to the text its client sees: detokenised, up to the first stop string."""
+"""Conversion of one sample's tokens to text, up to the first stop string."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class TextStream:
         skip_special_tokens: True if special tokens are left out of the text. A stop string that is exactly a special
             token's text matches that token all the same.
         include_stop: True if the stop string belongs to the text.
-        min_tokens: Tokens of which none completes a stop string; it may begin among them.
+        min_tokens: First tokens among which no stop string may end. One may begin there.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TextStream:
         self._detokenizer = texts.detokenizer(skip_special_tokens=skip_special_tokens)
         self._matcher = None if stops is None else StopMatcher(stops, include_stop=include_stop)
         self._include_stop = include_stop
-        self._num_passed = min_tokens  # of the tokens to come
+        self._num_passed = min_tokens  # number of following tokens among which no stop string may end
         self._skips_special_tokens = skip_special_tokens
         self._stop_tokens: dict[int, str] = {}
         if stops is not None:
@@ -61,7 +61,7 @@ class TextStream:
         return token_id in self._stop_tokens
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
-        """Return what these tokens add. Not to be called after a delta with `stop`."""
+        """Return the text that these tokens add. Must not be called after a delta with `stop`."""
         if self._matcher is None:
             return TextDelta(self._detokenizer.push(token_ids), len(token_ids))
         passed = min(self._num_passed, len(token_ids))
@@ -74,7 +74,9 @@ class TextStream:
         return TextDelta(text + delta.text, passed + delta.num_tokens, delta.stop)
 
     def flush(self) -> TextDelta:
-        """Return what is left when no more tokens come. Even an unfinished character may complete a stop string."""
+        """Return the rest of the text, after the last tokens. Even an incomplete character may complete a stop
+        string.
+        """
         rest = self._detokenizer.flush()
         if self._matcher is None:
             return TextDelta(rest, 0)
@@ -84,7 +86,7 @@ class TextStream:
         return TextDelta(result.text + self._matcher.flush(), 0)
 
     def _match(self, matcher: StopMatcher, token_ids: Sequence[int]) -> TextDelta:
-        """Go on up to the first stop string, be it text or a special token."""
+        """Read the tokens up to the first stop string, which may be text or a special token."""
         num_tokens = len(token_ids)
         if self._stop_tokens and self._skips_special_tokens:
             num_tokens = next((at for at, token_id in enumerate(token_ids) if self.is_stop(token_id)), num_tokens)

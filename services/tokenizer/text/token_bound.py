@@ -1,4 +1,4 @@
-"""A text's least number of tokens, without encoding it."""
+"""A lower bound of a text's number of tokens, without encoding it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ASCII_SPACES = frozenset(b"\t\n\v\f\r\x1c\x1d\x1e\x1f ")
 
 
 class TokenBound:
-    """Says of a text how many tokens it has at least.
+    """Computes a lower bound of a text's number of tokens.
 
-    A token that covers a byte has at most as many bytes as the longest token with that byte. So the reciprocals of
-    these lengths, summed over the bytes of a text, are no more than its tokens: a digit that is always a token of its
-    own counts as one. Counting takes some milliseconds per MiB, where encoding takes seconds.
+    A token that contains a byte has at most as many bytes as the longest token with that byte. So the sum of the
+    reciprocals of these lengths over the bytes of a text is at most its number of tokens; for instance, a digit that is
+    always a token of its own counts as one. This takes some milliseconds per MiB, while encoding takes seconds.
 
-    The sum holds for tokenizers that keep every byte of a text. Of another one, and of bytes that it may drop or fuse,
-    nothing is known, and they count as 0.
+    The bound requires a tokenizer that keeps every byte of a text. For other tokenizers it is 0, and bytes that may be
+    dropped or fused count as 0.
 
     Args:
         tokenizer: The tokenizer.
@@ -50,9 +50,9 @@ class TokenBound:
         self._bytes_by_length = [(length, bytes(group)) for length, group in sorted(by_length.items())]
 
     def at_least(self, text: str) -> int:
-        """Return a number of tokens that `text` does not fall below; 0 where nothing is known."""
+        """Return a lower bound of the number of tokens of `text`; 0 if none is known."""
         if self._form is not None and not unicodedata.is_normalized(self._form, text):
-            # Added tokens are cut out first: they compose with nothing.
+            # Added tokens are split off first, because they are never merged with their neighbours.
             parts = self._added.split(text) if self._added is not None else [text]
             return sum(self._count(unicodedata.normalize(self._form, part)) for part in parts)
         return self._count(text)
@@ -85,7 +85,7 @@ def _keeps_text(tokenizer: Tokenizer) -> bool:
 
 
 def _steps(part: Any, name: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or a pre-tokenizer."""
+    """Return the steps of a normalizer or a pre-tokenizer."""
     if part is None:
         return []
     spec = json.loads(part.__getstate__())
@@ -93,7 +93,7 @@ def _steps(part: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _longest(tokenizer: Tokenizer) -> dict[int, int]:
-    """The length in bytes of the longest token with each byte, of bytes that always become tokens."""
+    """Return the length in bytes of the longest token with each byte, for the bytes that always become tokens."""
     is_byte_level = any(step["type"] == "ByteLevel" for step in _steps(tokenizer.pre_tokenizer, "pretokenizers"))
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     added = list(tokenizer.get_added_tokens_decoder().values())

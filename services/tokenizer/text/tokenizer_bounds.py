@@ -1,7 +1,7 @@
-"""Bounds on what a tokenizer.json asks for: ids that fit a table, and no text that grows without bound.
+"""Limits for a tokenizer.json: its ids must fit a table, and its steps must not expand a text without bound.
 
-The library makes whatever the file says. An id of four billion is then a table of 32 GB, and two hundred steps that
-each double a character are an endless loop, on the first text that somebody sends.
+The library does whatever the file says. An id of four billion would need a table of 32 GB, and two hundred steps that
+each double a character would never end, on the first text of a client.
 """
 
 import json
@@ -16,11 +16,12 @@ from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenize
 
 _MOST_TOKENS = 1 << 22
 _MOST_GROWTH = 64
-"""The most by which normalizing may multiply a text's length; byte-level steps double it, others rarely change it."""
+"""Largest factor by which normalizing may extend a text. Byte-level steps double it, others rarely change its
+length."""
 
 
 def check_bounds(tokenizer: Tokenizer, path: Path) -> None:
-    """Raise UnsupportedTokenizerError for a tokenizer, read from `path`, with which a small text costs a machine."""
+    """Raise UnsupportedTokenizerError for a tokenizer, read from `path`, that exceeds the limits."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     token = max(vocabulary, key=vocabulary.__getitem__, default="")
     if vocabulary and vocabulary[token] >= _MOST_TOKENS:

@@ -1,4 +1,4 @@
-"""Work that waits for one worker: callers take turns, and a caller that has gone costs nothing."""
+"""A fair queue of jobs for one worker. Callers take turns, and a caller that has left costs nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Generic, TypeVar
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Something to be done for a caller.
+    """A job of a caller.
 
     Attributes:
         caller: Name of the tenant whose turn it takes.
-        result: Future that the caller waits for; done before the work has begun if the caller has gone.
+        result: Future that the caller waits for. It is done before the work has begun if the caller has left.
     """
 
     caller: str
@@ -25,15 +25,16 @@ JobT = TypeVar("JobT", bound=Job)
 
 
 class Turns(Generic[JobT]):
-    """Jobs that wait. Each caller's are in order of arrival; callers take turns, so that whoever brings one job waits
-    for at most one of each of the others, however many those have brought."""
+    """A queue of jobs. Each caller's jobs are in order of arrival, and callers take turns, so that a caller with one
+    job waits for at most one job of each other caller.
+    """
 
     def __init__(self) -> None:
         self._queues: OrderedDict[str, OrderedDict[JobT, None]] = OrderedDict()  # in the order of turns
         self._arrived = asyncio.Event()
 
     async def finish(self, job: JobT) -> Any:
-        """Add a job, and return its result once it is done. Cancelled, it leaves nothing of the job behind."""
+        """Add a job and wait for its result. A cancelled call removes its job."""
         self._queues.setdefault(job.caller, OrderedDict())[job] = None
         self._arrived.set()
         try:
@@ -42,12 +43,12 @@ class Turns(Generic[JobT]):
             self._remove(job)
 
     def peek(self) -> JobT | None:
-        """Return the next job, which stays; None while there is none."""
+        """Return the next job without removing it; None if there is none."""
         while self._queues:
             job = next(iter(next(iter(self._queues.values()))))
             if not job.result.done():
                 return job
-            self._remove(job)  # its caller has gone, and was not told yet
+            self._remove(job)  # its caller was cancelled, and has not removed it yet
         return None
 
     def pop(self) -> JobT:
@@ -68,7 +69,7 @@ class Turns(Generic[JobT]):
         return self.pop()
 
     def cancel_all(self) -> None:
-        """Tell all callers that their jobs will not be done."""
+        """Cancel all jobs, so that their callers stop waiting."""
         while self.peek() is not None:
             self.pop().result.cancel()
 
