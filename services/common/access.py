@@ -1,4 +1,4 @@
-"""Access control: every method is denied unless it is listed here, wherever keys or a link token are configured."""
+"""Access control. Once keys or a link token are configured, a method is denied unless it is listed here."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/scalellm.v1.Executor/Execute": _LINKS,
         "/scalellm.v1.Executor/GetInfo": _OPERATORS,
         "/scalellm.v1.Executor/Drain": _OPERATORS,
-        # KEDA sends no key. It reads the same numbers as the metrics, which name no tenant.
+        # KEDA sends no key. It reads the same numbers as the metrics, which contain no tenants.
         "/externalscaler.ExternalScaler/IsActive": _EVERYBODY,
         "/externalscaler.ExternalScaler/StreamIsActive": _EVERYBODY,
         "/externalscaler.ExternalScaler/GetMetricSpec": _EVERYBODY,
         "/externalscaler.ExternalScaler/GetMetrics": _EVERYBODY,
         "/externalscaler.ExternalScaler/StreamMetricSpec": _EVERYBODY,
-        # Probes carry no secrets.
+        # Health checks have no secrets.
         "/grpc.health.v1.Health/Check": _EVERYBODY,
         "/grpc.health.v1.Health/Watch": _EVERYBODY,
         "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": _ANY_ROLE,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY_ROLE,
     }
 )
-"""By whom each method may be called."""
+"""The roles that may call each gRPC method."""
 
 ROUTES: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
@@ -83,43 +83,43 @@ ROUTES: Mapping[str, frozenset[Role]] = MappingProxyType(
         "POST /detokenize": _CALLERS,
         "GET /tokenizer_info": _CALLERS,
         "GET /metrics": frozenset((Role.ADMIN,)),
-        # How much all tenants together do is none of a tenant's business.
+        # Not for users, since the load of all tenants together is not meant for a tenant.
         "GET /v1/fleet": frozenset((Role.ADMIN,)),
         "GET /v1/models": _CALLERS,
         "GET /v1/models/{model}": _CALLERS,
         "GET /version": _CALLERS,
         "GET /health": _EVERYBODY,
         "GET /ping": _EVERYBODY,
-        # Pages hold nothing; what they show they ask for with their reader's key.
+        # Pages contain no data; they request it with their user's key.
         "GET /": _EVERYBODY,
         "GET /live": _EVERYBODY,
         "GET /assets/{name}": _EVERYBODY,
     }
 )
-"""The same for what is called by HTTP."""
+"""The roles that may call each HTTP route."""
 
 _REFRESH_INTERVAL = 1.0
 
 _STALE_LIMIT = 300.0
-"""Seconds for which keys that were read before open a service whose file is gone or broken: long enough to mend it, and
-an end to what a key opens whose removal cannot be read."""
+"""Seconds for which the last valid keys are accepted after their file is missing or invalid. That is long enough to
+repair the file, and limits the use of a key whose removal could not be read."""
 
 Metadata = Iterable[tuple[str, str | bytes]] | None
 
 _principal: ContextVar[Principal | None] = ContextVar("principal", default=None)
-"""The caller of the call that the current task serves: a call has a task of its own."""
+"""The caller of the call that the current task serves. Each call has a task of its own."""
 
 
 class Access:
     """Recognises callers by the secret in their `authorization` metadata: an API key or the link token.
 
     Args:
-        api_keys: File with API keys; looked at about once a second.
-        link_token_file: File with the link token; likewise.
-        trusts_certificates: Without a link token, whoever showed a certificate may open links.
+        api_keys: File with API keys, checked for changes about once a second.
+        link_token_file: File with the link token, checked likewise.
+        trusts_certificates: True if, without a link token, a peer with a client certificate may open links.
 
     Attributes:
-        num_refused: Calls that were not let in.
+        num_refused: Number of refused calls.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Access:
 
     @property
     def is_open(self) -> bool:
-        """True if everybody may call everything."""
+        """True if neither keys nor a link token are configured, so that every call is allowed."""
         return not self._sources
 
     @property
@@ -147,19 +147,21 @@ class Access:
 
     @property
     def is_failing(self) -> bool:
-        """True while a file of keys cannot be read; the keys that were read before stay in use for a while."""
+        """True while a file of keys cannot be read. The last valid keys stay in use for a while."""
         self._refresh()
         return any(source.failing_since is not None for source in self._sources)
 
     @property
     def is_stale(self) -> bool:
-        """True once a file of keys could not be read for too long: no key is accepted any more."""
+        """True once a file of keys could not be read for too long, so that no key is accepted any more."""
         self._refresh()
         limit = time.monotonic() - _STALE_LIMIT
         return any(source.failing_since is not None and source.failing_since <= limit for source in self._sources)
 
     def tenant(self) -> Tenant:
-        """On whose behalf the current call runs, as `check` found. Raises StatusError UNAUTHENTICATED without that."""
+        """Return the tenant of the current call, which `check` has set. Raises StatusError UNAUTHENTICATED if it has
+        not.
+        """
         if self.is_open:
             return DEFAULT_TENANT
         principal = _principal.get()
@@ -168,7 +170,7 @@ class Access:
         return principal.tenant
 
     def check(self, method: str, metadata: Metadata) -> None:
-        """Recognise the caller of the current call, once for all that it does.
+        """Authenticate the caller of the current call, and authorise the call.
 
         Raises StatusError UNAUTHENTICATED or PERMISSION_DENIED unless the call is allowed.
         """
@@ -208,10 +210,10 @@ class Access:
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls before they reach their handler, or the parser of their messages.
+    """Refuses calls before their handler runs and their messages are parsed.
 
     Args:
-        access: Decides.
+        access: The access control.
     """
 
     def __init__(self, access: Access) -> None:
@@ -220,7 +222,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        """Called by gRPC for every call."""
+        """Return the handler of a call, or one that refuses it. Called by gRPC for every call."""
         try:
             self._access.check(handler_call_details.method, handler_call_details.invocation_metadata)
         except StatusError as error:
@@ -233,8 +235,8 @@ def open_access(settings: ServiceSettings, *, serves_links: bool) -> Access:
     """Return the access control that the settings of a service ask for. Raises ConfigFileError.
 
     Args:
-        settings: The service's.
-        serves_links: True if the service is an internal one: other services open links to it.
+        settings: Settings of the service.
+        serves_links: True for an internal service, to which other services open links.
     """
     if not serves_links:
         return Access(settings.api_keys)
@@ -245,7 +247,7 @@ def open_access(settings: ServiceSettings, *, serves_links: bool) -> Access:
 
 
 def warn_if_exposed(settings: ServiceSettings) -> None:
-    """Say so when whoever reaches a port is served, or can read the keys of others."""
+    """Log a warning if a port that other hosts reach is open to everybody, or transmits keys in plaintext."""
     if settings.metrics_port is not None and not is_loopback(settings.metrics_host) and settings.metrics_tls_ca is None:
         _log.warning("metrics on %s are open to everybody who reaches it", settings.metrics_host)
     if is_loopback(settings.host):
@@ -261,7 +263,7 @@ def _unauthenticated(why: str) -> StatusError:
 
 
 def _refuse_with(error: StatusError) -> grpc.RpcMethodHandler:
-    """A handler for calls of any shape: what the client sends is neither waited for nor parsed."""
+    """Return a handler that refuses calls of any kind, without waiting for messages or parsing them."""
 
     async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
         await error.end(context)

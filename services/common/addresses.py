@@ -1,4 +1,4 @@
-"""Addresses as options, links and announcements write them: host:port, an IPv6 address in brackets."""
+"""Addresses in options, links and announcements: host:port, with an IPv6 address in brackets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Split `host:port` or `[ipv6]:port`; the host comes without brackets. Raises ValueError."""
+    """Split `host:port` or `[ipv6]:port` into host, without brackets, and port. Raises ValueError."""
     name, separator, port = address.rpartition(":")
     if not separator or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"{address!r} is not host:port")
@@ -22,12 +22,12 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def join_address(host: str, port: int) -> str:
-    """The opposite of `split_address`."""
+    """Return host:port, with an IPv6 address in brackets; the inverse of `split_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def split_addresses(addresses: str) -> tuple[str, ...]:
-    """The entries of `host:port,host:port,...`. Raises ValueError for one that is not host:port."""
+    """Split `host:port,host:port,...` into its entries. Raises ValueError for an entry that is not host:port."""
     parts = tuple(part.strip() for part in addresses.split(",") if part.strip())
     for part in parts:
         split_address(part)
@@ -35,12 +35,12 @@ def split_addresses(addresses: str) -> tuple[str, ...]:
 
 
 async def look_up(address: str) -> frozenset[str]:
-    """The addresses for which host:port stands.
+    """Resolve host:port to the addresses that it stands for.
 
-    An IP address stands for itself. A host name stands for all its addresses, those of IPv4 if it has any: a host that
-    answers on both families must not count twice.
+    An IP address stands for itself. A host name stands for all its addresses, but only those of IPv4 if it has any,
+    because a host that listens on both families must not count twice.
 
-    Raises OSError for a name that cannot be looked up, UnicodeError for what is no host name at all.
+    Raises OSError for a name that cannot be resolved, UnicodeError for an invalid host name.
     """
     host, port = split_address(address)
     if is_ip_address(host):
@@ -51,9 +51,9 @@ async def look_up(address: str) -> frozenset[str]:
 
 
 def bare_host(host: str) -> str:
-    """A host's name or IP address as it was given for itself, where an IPv6 address may have brackets.
+    """Return a host name or IP address that was given without a port, without the brackets of an IPv6 address.
 
-    Raises ValueError for what is neither.
+    Raises ValueError if it is neither.
     """
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not bare or any(char in "[]/@#?" or not char.isprintable() or char.isspace() for char in bare):
@@ -67,7 +67,7 @@ def bare_host(host: str) -> str:
 
 
 def is_ip_address(host: str) -> bool:
-    """False for a name."""
+    """True if a host is an IP address, and not a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -76,7 +76,7 @@ def is_ip_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """True if only this machine reaches the host; False for a name, which may have any address, but localhost."""
+    """True if a host is localhost or a loopback address. False for any other name, which may have any address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -84,15 +84,16 @@ def is_loopback(host: str) -> bool:
 
 
 def local_address(announced: str) -> str:
-    """The address to call from this machine: a service that listens everywhere also listens on the loopback."""
+    """Return the address for calls from this machine: the loopback address if the service listens on all interfaces."""
     host, port = split_address(announced)
     return join_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
 
 def bound_socket(host: str, port: int, *, shares_port: bool = False) -> socket.socket:
-    """A TCP socket that has the address and does not listen yet; on `::` it takes IPv4 as well, as gRPC does.
+    """Bind a TCP socket, which does not listen yet. On `::` it accepts IPv4 as well, like gRPC.
 
-    The last connections of an earlier owner, which wait for their time to run out, do not count as somebody else.
+    Connections of an earlier owner in state TIME_WAIT do not block the address.
+
     Args:
         host: Name or IP address.
         port: Port; 0 takes a free one.

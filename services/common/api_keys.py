@@ -1,7 +1,7 @@
-"""API keys: who a caller is, and what its tenant may use.
+"""API keys, which identify the caller, its role, and its tenant with the tenant's limits.
 
-Keys are random tokens of 256 bits, so their plain SHA-256 can neither be turned back nor guessed, and looking a digest
-up in a dictionary compares no secret byte by byte.
+Keys are random tokens of 256 bits, so a plain SHA-256 of one can neither be inverted nor guessed, and the look-up of a
+digest in a dictionary does not compare secrets byte by byte.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class Role(StrEnum):
     """The rights of a caller."""
 
     USER = "user"
-    """Generate, and what belongs to it, within its tenant."""
+    """May generate, and use its tenant's sessions and kept answers."""
     ADMIN = "admin"
-    """The same, and operate the services."""
+    """May do what a user may, and operate the services."""
     LINK = "link"
-    """Open links: another service of this line, known by the link token."""
+    """May open links: another service of the same deployment, identified by the link token."""
 
 
 class TenantLimits(BaseModel):
-    """The most that a tenant may use, over all processes that serve it. None: any amount.
+    """Limits of a tenant, over all processes that serve it. None: no limit.
 
     Attributes:
-        session_bytes: Most bytes of its sessions; None: what the tokenizer's settings say.
-        kept_bytes: Most bytes of its kept answers; None: what the tokenizer's settings say.
-        weight: Its share in relation to others where they compete: tokens, rows of executors, places in the
+        session_bytes: Most bytes of its sessions; None: the limit in the tokenizer's settings.
+        kept_bytes: Most bytes of its kept answers; None: the limit in the tokenizer's settings.
+        weight: Its share relative to other tenants when they compete for tokens, rows of executors, or places in the
             scheduler's queue.
-        min_priority: The most urgent priority that its requests may have: lower ones run before those of others, so
-            that going before all others has to be granted.
+        min_priority: The most urgent priority (lowest value) of its requests. More urgent requests run before those of
+            other tenants, so they have to be permitted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,19 +72,19 @@ NO_LIMITS = TenantLimits()
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """On whose behalf requests run. Sessions and cached prefixes belong to one tenant."""
+    """A customer on whose behalf requests run. Sessions and cached prefixes belong to one tenant."""
 
     name: str
     limits: TenantLimits = NO_LIMITS
 
 
 DEFAULT_TENANT = Tenant("default", TenantLimits(min_priority=-100))
-"""Everybody's, where no API keys are configured."""
+"""The tenant of all callers if no API keys are configured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A caller that was recognised."""
+    """An authenticated caller."""
 
     tenant: Tenant
     role: Role
@@ -112,7 +112,7 @@ def digest(secret: str) -> bytes:
 
 
 def new_key() -> str:
-    """A key that nobody can guess."""
+    """Return a new random key."""
     return _KEY_PREFIX + secrets.token_urlsafe(32)
 
 
@@ -122,7 +122,7 @@ def key_entry(key: str, tenant: str, role: Role) -> str:
 
 
 def read_api_keys(path: Path) -> Mapping[bytes, Principal]:
-    """The callers in a file, by the digest of their key. Raises ConfigFileError."""
+    """Read a file of keys. Returns the callers by the digests of their keys. Raises ConfigFileError."""
     parsed = read_toml(path, OPTION, _KeyFile.model_validate)
     found: dict[bytes, Principal] = {}
     for index, key in enumerate(parsed.keys):

@@ -1,4 +1,4 @@
-"""For tasks that await libraries which lose a cancellation."""
+"""Protection of tasks against libraries that lose a cancellation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def cancellable() -> Iterator[None]:
-    """Around awaits of a library: ends with CancelledError if the task was cancelled meanwhile, whatever came of them.
+    """Context for awaiting a library. Raises CancelledError at its end if the task was cancelled within it.
 
-    The Redis client uses asyncio.wait_for, which in Python 3.11 loses a cancellation that comes with the answer, and a
-    gRPC call that is being prepared takes it for its own. A loop that does not look would never end.
+    The Redis client uses asyncio.wait_for, which in Python 3.11 loses a cancellation that comes together with the
+    answer, and a gRPC call that is being set up treats it as its own. Without this check, a loop would never end.
     """
     try:
         yield

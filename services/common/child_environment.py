@@ -1,7 +1,7 @@
-"""Environment variables of the processes that we start: those that they may need, listed here, and no secrets.
+"""Environment variables of child processes: only those listed here, and no secrets.
 
-What runs a model, a template or a compiler has no use for the passwords, keys and addresses that its parent was told,
-and whoever breaks into it must not find them there.
+A process that runs a model, a template or a compiler does not need the passwords, keys and addresses of its parent, and
+an attacker who breaks into it must not find them there.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from fnmatch import translate
 
 SERVICE_LOG = "SCALELLM_SERVICE_LOG"
-"""Set by `scalellm up` for all that a service starts, so that `scalellm down` can tell it from other processes."""
+"""Variable that `scalellm up` sets for a service and all its children, by which `scalellm down` recognises them."""
 
 KEEP = "SCALELLM_KEEP_ENVIRONMENT"
-"""Names (or patterns such as `ACME_*`), separated by commas, of more variables that an operator's processes need."""
+"""Variable with further names (or patterns such as `ACME_*`), separated by commas, that an operator wants to pass
+on."""
 
 EXPORT = "OTEL_*"
-"""Variables for the export of traces, keys for a collector included; only for processes that export them."""
+"""Variables for the export of traces, which may contain a collector's keys. Only for processes that export traces."""
 
 _ALLOWED = (
     # Paths and locale.
@@ -40,11 +41,11 @@ _SECRET = re.compile("TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)
 
 
 def child_environment(environment: Mapping[str, str], *more: str) -> dict[str, str]:
-    """The part of `environment` for a child.
+    """Return the part of `environment` for a child.
 
     Args:
-        environment: Our own.
-        more: Names or patterns of what this child is to have besides, secrets included.
+        environment: This process's environment.
+        more: Names or patterns of additional variables for this child, which may be secrets.
     """
     kept = [name for name in environment.get(KEEP, "").replace(" ", "").split(",") if name]
     allowed, named = _matcher(_ALLOWED), _matcher((*more, *kept))

@@ -1,4 +1,4 @@
-"""Child processes: how they are started, talked to and ended, and when one that crashed is started again."""
+"""Child processes: starting and ending them, messages to and from them, and the delays of restarts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POLL = 0.1
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of ours in this interpreter."""
+    """Return the command that runs a module with this Python interpreter."""
     return [sys.executable, "-m", module, *arguments]
 
 
@@ -43,10 +43,10 @@ def describe_exit(code: int) -> str:
 
 
 class ChildProcess:
-    """A process that this one started. Made by `start`.
+    """A child process. Made by `start`.
 
-    It is not asyncio's own, which kills the process when its object is collected: the services that `scalellm up`
-    starts outlive whoever started them.
+    asyncio's own class is not used, because it kills the process when its object is garbage-collected, while services
+    that `scalellm up` starts must outlive it.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -72,13 +72,14 @@ class ChildProcess:
         """Start a command. Raises OSError.
 
         Args:
-            command: Program and arguments: nothing secret, as every user of the machine can read them.
+            command: Program and arguments, without secrets, since every user of the machine can read them.
             environment: All variables of the process, from `child_environment`.
             listens: True if it gets messages on its standard input, which then ends when this process does.
-            output: Descriptor for its standard output; PIPE: it answers there; None: that of this process.
+            output: Descriptor for its standard output; PIPE: it writes answers there; None: this process's output.
             errors: The same for its standard error.
             pass_fds: Descriptors that it inherits.
-            own_session: Lead a session of its own: signals of a terminal, such as Ctrl-C's, do not reach it.
+            own_session: True to run it in a session of its own, so that a terminal's signals, such as that of Ctrl-C,
+                do not reach it.
             max_answer: Bytes of the longest answer.
         """
         process = subprocess.Popen(  # noqa: ASYNC220 - for as long as the fork takes, as asyncio's own does
@@ -113,7 +114,7 @@ class ChildProcess:
         self._watch = asyncio.create_task(self._watch_end())
 
     async def _watch_end(self) -> None:
-        """Note when the process has ended, and reap it."""
+        """Wait for the end of the process, reap it, and set `_ended`."""
         loop = asyncio.get_running_loop()
         try:
             descriptor = os.pidfd_open(self.pid)
@@ -144,20 +145,20 @@ class ChildProcess:
         return self._process.poll() is None
 
     def tell(self, message: Mapping[str, Any]) -> None:
-        """Write a message to its standard input, without waiting until it is read."""
+        """Write a message to the process's standard input, without waiting until it is read."""
         assert self._writer is not None
         self._writer.write(to_line(message))
 
     async def ask(self, message: Mapping[str, Any]) -> Message | None:
-        """Write a message and return the answer; None when the process ends instead."""
+        """Write a message and return the process's answer; None if it ends instead."""
         self.tell(message)
         assert self._writer is not None
-        with contextlib.suppress(ConnectionError):  # it has ended, and may have said why
+        with contextlib.suppress(ConnectionError):  # it has ended, but may have written an answer before
             await self._writer.drain()
         return await self.answer()
 
     async def answer(self) -> Message | None:
-        """The next message from its standard output; None when it ends, or what it writes is no message."""
+        """Return the next message from the process's standard output; None if it ends, or writes something else."""
         assert self._reader is not None
         try:
             line = await self._reader.readline()
@@ -169,21 +170,21 @@ class ChildProcess:
         return message
 
     async def wait(self) -> int:
-        """Return its exit code, as in `describe_exit`, once it has ended."""
+        """Wait until the process has ended, and return its exit code, as for `describe_exit`."""
         await self._ended.wait()
         return self._process.wait()
 
     def terminate(self) -> None:
-        """Ask it to end, by SIGTERM, and do not wait."""
+        """Send SIGTERM to the process, without waiting for its end."""
         self._process.terminate()
 
     async def kill(self) -> None:
-        """End it at once, if it still runs."""
+        """Send SIGKILL to the process if it still runs, and wait for its end."""
         self._process.kill()
         await self._ended.wait()
 
     async def end(self, limit: float) -> bool:
-        """Ask it to end, and kill it after `limit` seconds. Whether it ended by itself."""
+        """Send SIGTERM to the process, and kill it after `limit` seconds. Returns whether it ended by itself."""
         self.terminate()
         try:
             async with asyncio.timeout(limit):
@@ -194,7 +195,7 @@ class ChildProcess:
         return True
 
     async def leave(self) -> None:
-        """Watch it no more, and let it run: it outlives this process."""
+        """Stop watching the process, which goes on running and may outlive this one."""
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -203,12 +204,12 @@ class ChildProcess:
 
 
 class Restarts:
-    """Decides how soon a process that crashed is started again, and when no more.
+    """Computes the delay before a crashed process is restarted, and decides when to give up.
 
     Args:
-        most: Crashes within the window that are followed by a restart; the next one is not.
+        most: Most crashes within the window that are followed by a restart.
         window: Seconds after which a crash is forgotten.
-        first_delay: Seconds from the first crash in the window to the restart; each further one doubles them.
+        first_delay: Seconds from the first crash in the window to the restart. Each further crash doubles them.
         longest_delay: Largest delay, in seconds.
         clock: Monotonic seconds.
     """
@@ -231,11 +232,11 @@ class Restarts:
 
     @property
     def num_crashes(self) -> int:
-        """Crashes that are not forgotten."""
+        """Number of crashes that are not forgotten."""
         return len(self._crashes)
 
     def crashed(self) -> float | None:
-        """Note a crash. Seconds to wait before the restart; None: give it up."""
+        """Record a crash. Returns the seconds to wait before the restart; None: give up."""
         now = self._clock()
         self._crashes.append(now)
         while self._crashes[0] < now - self._window:
@@ -245,5 +246,5 @@ class Restarts:
         return min(self._longest_delay, self._first_delay * 2.0 ** min(len(self._crashes) - 1, 64))
 
     def forget(self) -> None:
-        """Forget earlier crashes: the process works."""
+        """Forget earlier crashes, because the process works."""
         self._crashes.clear()

@@ -1,7 +1,7 @@
 """The tokens that end an answer: one rule for edge and executor, over the same files.
 
-A sample ends at any token that any of a model's files calls an end, and at any special token whose text is known to end
-a turn. Files name one and mean the other: a GGUF file whose `eos` ends documents has chats that end at `<|im_end|>`.
+A sample ends at any token that any of the model's files names as an end, and at any special token whose text is known
+to end a turn, because files are incomplete: in a GGUF file, `eos` may end documents, while chats end at `<|im_end|>`.
 """
 
 import logging
@@ -26,7 +26,7 @@ END_TEXTS = frozenset(
 
 _END_OF_MESSAGE = "<|end|>"
 _ENDS_OF_MESSAGES = frozenset({"<|return|>", "<|call|>"})
-"""A vocabulary with both has turns of several messages: the other text ends a message there, and no turn."""
+"""A vocabulary with both has turns of several messages, in which `<|end|>` ends a message but not the turn."""
 
 GGUF_CONTROL = 3
 """GGUF's type of tokens that are markup rather than text."""
@@ -40,8 +40,8 @@ _Named = tuple[str, Any]
 def end_token_ids(model: Path, vocab_size: int | None = None) -> tuple[int, ...]:
     """Return the ids that end an answer of `model`, a model directory or a `.gguf` file, ascending.
 
-    An id that is not one of the model's tokens (of `vocab_size`, where it is given, and as many as the files say) can
-    never be drawn: it is left out with a warning that names file, key and value. Raises ModelFileError and GgufError.
+    An id beyond the vocabulary (the smaller of `vocab_size`, if given, and the size in the files) can never be drawn,
+    so it is left out with a warning that names file, key and value. Raises ModelFileError and GgufError.
     """
     ids: set[int] = set()
     for source in (_from_directory(model), _from_gguf(model)):
@@ -57,7 +57,7 @@ def _ends_among(special: Sequence[str]) -> Collection[str]:
 
 
 def drawable(place: str, value: object, vocab_size: int | None) -> int | None:
-    """Return a token's id from a file, None with a warning, which names the `place`, when no token has it."""
+    """Check a token id from a file. Returns it, or None, with a warning that names the `place`, if no token has it."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < (vocab_size or 2**31):
         return value
     known = "" if vocab_size is None else f" of the model's {vocab_size}"
@@ -87,7 +87,7 @@ def _ids_in(path: Path, config: Mapping[str, Any]) -> Iterator[_Named]:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return where a configuration speaks of the language model: models of images as well have it apart."""
+    """Return the part of a configuration about the language model, which is nested in models that also read images."""
     text = config.get("text_config")
     return {**text, **config} if isinstance(text, Mapping) else config
 

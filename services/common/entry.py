@@ -19,7 +19,9 @@ SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 def run_service(
     name: str, settings_class: type[SettingsT], serve: Callable[[SettingsT], Coroutine[None, None, None]]
 ) -> NoReturn:
-    """Read the settings, serve until told to stop, and exit: 0 after a drain, 1 with one line when it cannot start."""
+    """Read the settings, serve until a signal, and exit: with 0 after a drain, with 1 and one line if it
+    cannot start.
+    """
     settings = load_settings(settings_class)
     configure_logging(name, settings)
     warn_if_exposed(settings)

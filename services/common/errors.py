@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 from scalellm.v1 import link_pb2
 
 LONGEST_MESSAGE = 2048
-"""Characters of a status' message: it travels in frames beside those of others, and in trailing metadata, thrice."""
+"""Most characters of a status message, which is sent in frames with others, and three times in trailing metadata."""
 
 
 class StatusError(Exception):
@@ -41,17 +41,17 @@ class StatusError(Exception):
 
     @classmethod
     def invalid(cls, field: str, message: str) -> StatusError:
-        """Bad input: `message` says what is wrong with `field` and what the limit is."""
+        """Return an INVALID_ARGUMENT error; message: what is wrong with `field`, and its limit."""
         return cls(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {message}", field=field)
 
     @classmethod
     def unavailable(cls, message: str, retry_after: float | None = None) -> StatusError:
-        """Something the request needs cannot be reached right now."""
+        """Return an UNAVAILABLE error, for a dependency of the request that cannot be reached now."""
         return cls(grpc.StatusCode.UNAVAILABLE, message, retry_after=retry_after)
 
     @classmethod
     def from_link(cls, status: link_pb2.LinkStatus) -> StatusError:
-        """The error that a link's Finish carries."""
+        """Convert the status in a link's Finish to an error."""
         code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
         retry_after = status.retry_after_ns / 1e9 if status.retry_after_ns else None
         return cls(code, status.message, field=status.field, retry_after=retry_after)
@@ -60,7 +60,7 @@ class StatusError(Exception):
     def from_rpc(
         cls, code: grpc.StatusCode, message: str, trailing_metadata: Iterable[tuple[str, str | bytes]]
     ) -> Self:
-        """The error with which a peer ended a call, with its RetryInfo if it gave one."""
+        """Convert the status with which a peer ended a call, and its RetryInfo if it sent one, to an error."""
         retry_after = None
         for key, value in trailing_metadata:
             if key == rpc_status.GRPC_DETAILS_METADATA_KEY and isinstance(value, bytes):
@@ -68,7 +68,7 @@ class StatusError(Exception):
         return cls(code, message, retry_after=retry_after)
 
     def to_link(self) -> link_pb2.LinkStatus:
-        """The same for a link's Finish."""
+        """Convert the error to the status in a link's Finish."""
         return link_pb2.LinkStatus(
             code=self.code.value[0],
             message=self.message,
@@ -77,7 +77,7 @@ class StatusError(Exception):
         )
 
     def to_rpc_status(self) -> status_pb2.Status:
-        """The same as google.rpc.Status, with BadRequest or RetryInfo as details."""
+        """Convert the error to a google.rpc.Status, with BadRequest or RetryInfo as details."""
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         if self.field:
             violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.message)
@@ -89,30 +89,33 @@ class StatusError(Exception):
         return status
 
     async def end(self, context: grpc.aio.ServicerContext) -> None:
-        """End a call with this status; its handler returns then. Trailing metadata that was set before stays."""
+        """End a call with this status, after which its handler must return. Trailing metadata that was set before is
+        kept.
+        """
         status = rpc_status.to_status(self.to_rpc_status())
         metadata = (*(context.trailing_metadata() or ()), *status.trailing_metadata)
         try:
             await context.abort_with_status(status._replace(trailing_metadata=metadata))
         except grpc.aio.AbortError as error:
-            # The context keeps it, and gRPC raises it again: with the frames of the handler they would be a cycle.
+            # The context keeps this exception, and gRPC raises it again. With its traceback it would form a reference
+            # cycle with the handler's frames.
             error.__traceback__ = None
 
 
 def _retry_after(status: bytes) -> float | None:
-    """Seconds of the RetryInfo in a serialised google.rpc.Status; None where there is none."""
+    """Return the seconds of the RetryInfo in a serialised google.rpc.Status; None if it has none."""
     retry_info = error_details_pb2.RetryInfo()
     try:
         for detail in status_pb2.Status.FromString(status).details:
             if detail.Unpack(retry_info):
                 return float(retry_info.retry_delay.ToNanoseconds() / 1e9)
-    except DecodeError:  # whatever a peer sends
+    except DecodeError:  # a peer may send anything
         pass
     return None
 
 
 def code_name(code: int) -> str:
-    """Name of a google.rpc.Code, such as DEADLINE_EXCEEDED."""
+    """Return the name of a google.rpc.Code, such as DEADLINE_EXCEEDED."""
     name: str = _CODES.get(code, grpc.StatusCode.UNKNOWN).name
     return name
 

@@ -1,7 +1,7 @@
-"""The table of what the fields of a request may hold: names, ranges, defaults and limits.
+"""The table of rules for a request's fields: names, ranges, defaults and limits.
 
-The edge, the engine, HTTP and the command line read it, so a rule stands here and nowhere else. Clients read the same
-in the comments of `protos/scalellm/v1`, which a test compares with the table.
+The edge, the engine, HTTP and the command line use it, so each rule is stated only here. Clients find the same rules in
+the comments of `protos/scalellm/v1`, which a test compares with the table.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from types import MappingProxyType
 from typing import Any
 
 Number = int | float
-"""A value of a numeric field; a bool is an int."""
+"""A value of a numeric field. A bool is an int."""
 
 
 @dataclass(frozen=True, slots=True)
 class NumberRule:
-    """The values that a field with one number, or with true or false, may hold.
+    """The rule of a field with one number or boolean.
 
     Attributes:
         name: Name of the field in the protos.
         kind: int, float or bool.
-        meaning: Its effect, for whoever sets it.
-        default: Its value where nobody sets it; None: it has none.
-        low: The least that it may be; None: true and false have no range.
-        high: The most that it may be; None: what its type on the wire holds.
-        is_above_low: `low` itself is too little.
-        is_model_default: A model's generation_config.json may hold another default.
+        meaning: Its effect, for users.
+        default: Its value if it is not set; None: it has no default.
+        low: Least value; None: a boolean, which has no range.
+        high: Largest value; None: the largest of its type on the wire.
+        is_above_low: True if `low` itself is excluded.
+        is_model_default: True if a model's generation_config.json may define another default.
     """
 
     name: str
@@ -50,12 +50,12 @@ class NumberRule:
 
     @property
     def limits(self) -> str:
-        """The range and the default, as documents write them."""
+        """The range and the default, as text for documentation."""
         default = "" if self.default is None else f"default {_shown(self.default)}"
         return ", ".join(part for part in (self.interval, default) if part)
 
     def fault(self, value: Number) -> str:
-        """Return what a value must be and is not, empty if nothing is wrong. NaN is out of every range."""
+        """Return the requirement that a value violates; empty if it is valid. NaN is out of every range."""
         if self.low is None:
             return ""
         is_high_enough = value > self.low if self.is_above_low else value >= self.low
@@ -66,13 +66,13 @@ class NumberRule:
 
 @dataclass(frozen=True, slots=True)
 class ListRule:
-    """The number of entries that a field may hold, and the range of the number in each of them.
+    """The rule of a field with several entries: their number, and the range of the number in each.
 
     Attributes:
         name: Name of the field in the protos.
         most: The most entries.
         least: The fewest entries.
-        entry: The rule of each entry's number, where it has a range.
+        entry: The rule of each entry's number, if that has a range.
     """
 
     name: str
@@ -82,23 +82,23 @@ class ListRule:
 
     @property
     def limits(self) -> str:
-        """The numbers of entries, as documents write them."""
+        """The least and most entries, as text for documentation."""
         return f"{self.least} to {self.most} entries" if self.least else f"at most {self.most} entries"
 
     def fault(self, values: Sized) -> str:
-        """Return how many entries there must be and how many there are, empty if nothing is wrong."""
+        """Return the required and the actual number of entries if the rule is violated; else empty."""
         return "" if self.least <= len(values) <= self.most else f"must have {self.limits}, got {len(values)}"
 
     def entry_fault(self, value: Number) -> str:
-        """Return what the number of an entry must be and is not, empty if nothing is wrong."""
+        """Return the requirement that an entry's number violates; empty if it is valid."""
         return "" if self.entry is None else self.entry.fault(value)
 
 
 def sampling_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each sampling field that holds what it may not, with what is wrong.
+    """Yield each sampling field with an invalid value, and the requirement that it violates.
 
     Args:
-        values: Values of the fields, by name; None, and a name that is not there: not set.
+        values: Values of the fields, by name. A field that is missing or None is not set.
     """
     rules: Mapping[str, NumberRule | ListRule] = {**SAMPLING, **SAMPLING_LISTS}
     for name, rule in rules.items():
@@ -125,7 +125,7 @@ MAX_N = 16
 """Most samples of a request."""
 
 MAX_LOGPROBS = 20
-"""Most alternatives of a token whose log-probabilities are told."""
+"""Most alternatives of a token whose log-probabilities can be requested."""
 
 SAMPLING = _numbers(
     NumberRule("n", int, "Independent samples of the same prompt.", 1, low=1, high=MAX_N),
@@ -180,13 +180,13 @@ SAMPLING_LISTS = _lists(
 """Fields of SamplingParams that hold several values."""
 
 MAX_PREDICTION = 2**16
-"""Most bytes of the text that an answer is expected to repeat in parts, and most tokens of it."""
+"""Most bytes of a prediction, and most of its tokens."""
 
 MAX_STRUCTURE_BYTES = 2**16
 """Most bytes of a StructuredOutput."""
 
 MAX_SCHEMA_DEPTH = 64
-"""Most levels of objects and lists within each other in a JSON Schema."""
+"""Most levels of nested objects and lists in a JSON Schema."""
 
 STRUCTURE_LISTS = _lists(
     ListRule("choice.texts", 1024, least=1),
@@ -199,7 +199,7 @@ CHAT_LISTS = _lists(ListRule("tools", 128), ListRule("messages.tool_calls", 128)
 """Fields of Chat, and of its messages, that hold several values."""
 
 MIN_PRIORITY = -100
-"""The most urgent."""
+"""The most urgent priority."""
 
 REQUEST = _numbers(
     NumberRule("priority", int, "Lower runs first.", 0, low=MIN_PRIORITY, high=100),

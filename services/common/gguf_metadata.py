@@ -1,7 +1,7 @@
 """The key-value part of a GGUF file, read in place, decoded on demand and kept.
 
-The tensors are not looked at, so this costs milliseconds where the `gguf` package's reader, which makes an object of
-every vocabulary entry, takes many seconds.
+Tensors are not read, so this takes milliseconds, while the `gguf` package's reader, which makes an object of every
+vocabulary entry, takes many seconds.
 """
 
 import mmap
@@ -72,19 +72,19 @@ class GgufMetadata(Mapping[str, Any]):
         return len(self._spans)
 
     def encoded(self, key: str) -> bytes:
-        """Return the value of `key` as the file spells it, its type code first: equal bytes are equal values."""
+        """Return the encoded value of `key` in the file, type code first. Equal bytes mean equal values."""
         span = self._spans[key]
         return struct.pack("<I", span.type) + self._data[span.start : span.end]
 
     def typed(self, key: str, kind: type[_T]) -> _T | None:
-        """Return a value that is to be of this type, None where there is none. Raises GgufError."""
+        """Return the value of `key`, None if there is none. Raises GgufError if it is of another type."""
         value = self.get(key)
         if value is None or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
             return value
         raise GgufError(f"{self._path}: {key} is {shown(value)}; it must be of type {kind.__name__}")
 
     def array(self, key: str, kind: type[_T]) -> list[_T] | None:
-        """Return an array whose entries are to be of this type, None where there is none. Raises GgufError."""
+        """Return the array of `key`, None if there is none. Raises GgufError if its entries are of another type."""
         values: list[Any] | None = self.typed(key, list)
         if values is not None and not set(map(type, values)) <= {kind}:
             raise GgufError(f"{self._path}: {key} must be an array of {kind.__name__}")
@@ -111,7 +111,7 @@ class GgufMetadata(Mapping[str, Any]):
                 raise ValueError(f"{shown(key)}: a length that no file has") from error
             if position > len(self._data):
                 raise ValueError(f"it ends inside the value of {shown(key)}")
-            if key in self._spans:  # which of them counts is not the same in all readers
+            if key in self._spans:  # readers disagree on which of two values counts
                 raise ValueError(f"the key {shown(key)} is there twice")
             self._spans[key] = _Span(kind, start + 4, position)
 
@@ -119,7 +119,7 @@ class GgufMetadata(Mapping[str, Any]):
         return position + 8 + int(_LENGTH.unpack_from(self._data, position)[0])
 
     def _end(self, kind: int, position: int) -> int:
-        """Return where the value that starts at `position` ends."""
+        """Return the position after the value of type `kind` that starts at `position`."""
         if kind == _STRING:
             return self._string_end(position)
         if kind != _ARRAY:

@@ -14,7 +14,9 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", 
 
 
 def split_name(name: str) -> tuple[str, int, int] | None:
-    """Return what the name of a part says: the model's name, the part's number from 1 on, and how many there are."""
+    """Parse the name of a part into the model's name, the part's number from 1 on, and the number of parts; None if it
+    is none.
+    """
     found = _PART.fullmatch(name)
     return (found["stem"], int(found["number"]), int(found["count"])) if found else None
 

@@ -1,4 +1,4 @@
-"""Around every handler of a call: what it raises becomes the call's status, and nothing of it stays."""
+"""The wrapper of all handlers of calls, which turns exceptions into the call's status and drops their tracebacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 
 OnEnd = Callable[[str, grpc.StatusCode], None]
-"""Told of each call that ended: the method's full name, and the status."""
+"""Called with each call that ended: the method's full name, and the status."""
 
 
 def guarded(
@@ -25,16 +25,16 @@ def guarded(
     method: str,
     on_end: OnEnd | None = None,
 ) -> Callable[[RequestT, grpc.aio.ServicerContext], Awaitable[ResponseT | None]]:
-    """Make a handler for gRPC of one that raises StatusError for every outcome but OK.
+    """Make a gRPC handler of a handler that raises StatusError for every outcome but OK.
 
-    Any other error is a mistake of ours: its traceback is logged and the caller gets INTERNAL. Nothing of an error
-    outlives its call: where a frame has a variable for an error that passed through it, they are a cycle, which would
-    keep the request in memory until the garbage collector comes by.
+    Any other exception is a bug: its traceback is logged and the caller gets INTERNAL. Tracebacks are dropped, because
+    an exception and a frame with a variable for it form a reference cycle, which would keep the request in memory until
+    the next garbage collection.
     """
     limit = LineLimit()
 
     async def call(request: RequestT, context: grpc.aio.ServicerContext) -> ResponseT | None:
-        code = grpc.StatusCode.CANCELLED  # which is all that ends a call without passing one of the lines below
+        code = grpc.StatusCode.CANCELLED  # a cancellation passes none of the lines below
         try:
             response = await behaviour(request, context)
             code = grpc.StatusCode.OK
@@ -54,8 +54,8 @@ def guarded(
 
 
 def status_of(error: Exception, method: str, limit: LineLimit) -> StatusError:
-    """Return the status with which a call ends that raised; of an error that is no status, a mistake of ours, the log
-    has the traceback. To be called where the error is handled.
+    """Return the status of a call that raised an exception. Any exception but StatusError is a bug, whose traceback is
+    logged. Must be called while the exception is being handled.
 
     Args:
         error: The exception. Its traceback is dropped.
@@ -72,7 +72,7 @@ def status_of(error: Exception, method: str, limit: LineLimit) -> StatusError:
 
 
 def drop_tracebacks(error: BaseException) -> None:
-    """Forget where an error, and those that led to it, came from: the frames hold what the call held."""
+    """Drop the tracebacks of an exception and of its causes, because their frames keep the call's objects in memory."""
     link: BaseException | None = error
     while link is not None:
         earlier = link.__cause__ or link.__context__

@@ -1,4 +1,4 @@
-"""grpc.health.v1, driven by progress: unhealthy while there is work and nothing moves, whatever else answers."""
+"""grpc.health.v1, driven by progress: a service with work that makes no progress is unhealthy, even if it answers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 LIVENESS = "liveness"
-"""Name under which a process is SERVING as long as it answers, whatever it lacks to do its work: who gets no answer may
-start it anew, while one that is NOT_SERVING under the other names waits for others, or finishes what it has."""
+"""Service name under which a process is SERVING as long as it answers. A process that does not answer may be restarted,
+while one that is NOT_SERVING under the other names only waits for other services, or drains."""
 
 
 class Heartbeat:
-    """Remembers when work last advanced.
+    """Records when work last made progress.
 
     Args:
-        stall_limit: Seconds of silence, while there is work, that mean trouble.
+        stall_limit: Seconds without progress, while there is work, after which the process counts as stalled.
         clock: Monotonic seconds.
     """
 
@@ -35,31 +35,31 @@ class Heartbeat:
         self._has_work = False
 
     def beat(self, has_work: bool) -> None:
-        """Work advanced, and there is (or is not) more."""
+        """Record progress, and whether there is more work."""
         self._last_beat = self._clock()
         self._num_beats += 1
         self._has_work = has_work
 
     def expect_work(self) -> None:
-        """Work came; from now on silence counts."""
+        """Record that there is work, so that missing progress counts from now on."""
         if not self._has_work:
             self._last_beat = self._clock()
             self._has_work = True
 
     @property
     def is_alive(self) -> bool:
-        """False while there is work and nothing has moved for the stall limit."""
+        """False if there is work and there was no progress for the stall limit."""
         return not self._has_work or self._clock() - self._last_beat < self._stall_limit
 
     async def until_stalled(self) -> None:
-        """Return once there has been work and no beat for the stall limit, by this process's own reckoning: a time in
-        which it stood still itself does not count, as beats of that time are yet to be heard.
+        """Wait until there has been work without a beat for the stall limit. Time in which this process itself was
+        stopped does not count, because beats of that time have not been received yet.
         """
         await until_silent(self._stall_limit, lambda: self._num_beats, lambda: self._has_work)
 
 
 class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]
-    """Answers a check with the status of this instant."""
+    """Answers a check with the current status, after updating it."""
 
     def __init__(self, refresh: Callable[[], Awaitable[None]]) -> None:
         super().__init__()
@@ -68,17 +68,17 @@ class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
-        """The status of a service."""
+        """Return the current status of a service."""
         await self._refresh()
         return await super().Check(request, context)
 
 
 class HealthReporter:
-    """Publishes one status for all services of a process, and beside it that the process answers.
+    """Publishes one common status of all services of a process, and its liveness.
 
     Args:
         services: Full names of the services; the empty name stands for the process.
-        is_ready: Called about twice a second, for those who watch, and for every check; True means SERVING.
+        is_ready: Called about twice a second, for watchers, and at every check. True means SERVING.
     """
 
     def __init__(self, services: Sequence[str], is_ready: Callable[[], bool]) -> None:
@@ -88,7 +88,7 @@ class HealthReporter:
         self._published: bool | None = None
 
     async def publish(self) -> None:
-        """Bring the published status up to date."""
+        """Update the published status."""
         if self._published is None:
             await self.servicer.set(LIVENESS, _SERVING)
         ready = self._is_ready()
@@ -98,7 +98,7 @@ class HealthReporter:
                 await self.servicer.set(service, _SERVING if ready else _NOT_SERVING)
 
     async def run(self, interval: float = 0.5) -> None:
-        """Publish until cancelled; then say NOT_SERVING for good."""
+        """Publish until cancelled, and then NOT_SERVING for good."""
         try:
             while True:
                 await self.publish()

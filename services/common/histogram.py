@@ -1,4 +1,4 @@
-"""A histogram for one thread: what is observed once per step must cost less than a microsecond."""
+"""A histogram for one thread, since an observation per step must cost less than a microsecond."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Histogram:
     """Counts per bucket since start.
 
     Args:
-        bounds: Inclusive upper bounds of the buckets, rising; values above the last one are counted, too.
+        bounds: Inclusive upper bounds of the buckets, ascending. Values above the last bound are counted as well.
 
     Attributes:
         counts: Observations per bucket (not cumulative), one more than there are bounds.
@@ -31,7 +31,7 @@ class Histogram:
         self.total = 0.0
 
     def add(self, other: Histogram) -> None:
-        """Count what another one of the same bounds has counted."""
+        """Add the counts of another histogram with the same bounds."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
 

@@ -1,4 +1,4 @@
-"""The gRPC server of a service, from its start to its end: port, limits, reflection, health, signals, drain."""
+"""The gRPC server of a service: port, limits, reflection, health, signals, and its end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from scalellm.services.common.new_file import write_new
 from scalellm.services.common.reflection import add_reflection
 
 MAX_FRAME_BYTES = 16 * 2**20
-"""Most bytes of a message between services. Messages of clients are smaller: the tokenizer sets limits of its own."""
+"""Most bytes of a message between services. The tokenizer sets its own, smaller limits for messages of clients."""
 
 MAX_METADATA_BYTES = 16 * 2**10
 
 _UNLIMITED = 2**31 - 1
 
 LAST_WORDS = 0.2
-"""Seconds between the end of the work and that of the connections: for statuses and frames that were just written."""
+"""Seconds between the end of the work and the end of the connections, in which the last statuses and frames are
+sent."""
 
 # A peer that vanishes without closing its connection (a host that lost power) is noticed within half a minute.
 KEEPALIVE_OPTIONS = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000))
@@ -63,7 +64,7 @@ SERVER_OPTIONS = (
 
 
 class StartError(Exception):
-    """The service cannot start; the message is one line that says what to do."""
+    """The service cannot start. The message is one line that says why and what to change."""
 
 
 class GrpcService:
@@ -73,11 +74,11 @@ class GrpcService:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         services: Full names of the services it serves, for health and reflection.
-        is_ready: Tells if the service can do its work now.
+        is_ready: Returns whether the service can serve now.
         share_port: True if other processes may listen on the same port (worker processes).
-        options: gRPC's, in place of those of SERVER_OPTIONS that have the same names.
-        credentials: For TLS; None: plaintext.
-        interceptors: See every call first.
+        options: gRPC options, which replace those of SERVER_OPTIONS with the same names.
+        credentials: Credentials for TLS; None: plaintext.
+        interceptors: Interceptors of all calls.
     """
 
     def __init__(
@@ -126,26 +127,26 @@ class GrpcService:
         self._health_task = asyncio.create_task(self.health.run())
 
     async def stop(self, grace: float) -> None:
-        """Let handlers refuse calls and send their last words for `grace` seconds, then let nobody in any more and cut
-        all connections.
+        """Let handlers refuse calls and finish their answers for `grace` seconds, then close the listener and abort all
+        connections.
 
-        gRPC's own way would close the listener and answer everything that comes on a connection that stands with a bare
-        CANCELLED, which no client retries. Cut off, the same calls end UNAVAILABLE.
+        gRPC's own stop would close the listener and answer new calls on open connections with CANCELLED, which clients
+        do not retry. On an aborted connection, these calls end with UNAVAILABLE.
         """
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
             await asyncio.sleep(grace)
-            # Close the listener first: a client that connects later would not be cut off.
+            # The listener is closed first, because the connection of a client that connects later would not be aborted.
             _shut_down(psutil.CONN_LISTEN, self._port)
             _shut_down(psutil.CONN_ESTABLISHED, self._port)
         await self.server.stop(None)
 
 
 def _shut_down(status: str, port: int) -> None:
-    """End the sockets of this process that are in this state of TCP on `port`. What was written before still arrives.
+    """Shut down this process's sockets on `port` that are in a TCP state. Data that was written before still arrives.
 
-    Where the system shuts no listener down, as on macOS, it stays open until gRPC closes it.
+    On systems that do not support that for listeners, such as macOS, a listener stays open until gRPC closes it.
     """
     for connection in psutil.Process().net_connections("tcp"):
         if connection.status == status and connection.laddr.port == port:
@@ -154,7 +155,9 @@ def _shut_down(status: str, port: int) -> None:
 
 
 def announce(path: Path | None, *lines: str) -> None:
-    """Tell whoever started the service where it listens; the file appears whole or not at all. Raises StartError."""
+    """Write the addresses on which the service listens to a file, atomically, for the process that started the service.
+    Raises StartError.
+    """
     if path is None:
         return
     partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -166,7 +169,7 @@ def announce(path: Path | None, *lines: str) -> None:
 
 
 def stop_event() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set. A second signal ends the process at once."""
+    """Return an event that SIGTERM and SIGINT set. A second signal ends the process at once."""
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -1,4 +1,4 @@
-"""The secret that the services of one line share, to tell one another from anybody else on their network."""
+"""The secret that the services of one deployment share, by which they authenticate to one another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OPTION = "--link-token-file"
 
 
 def read_token(path: Path) -> str:
-    """The token in a file, without white space around it. Raises ConfigFileError."""
+    """Read the token in a file, without surrounding white space. Raises ConfigFileError."""
     token = read_file(path, OPTION).decode("ascii", errors="replace").strip()
     if len(token) < _MIN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigFileError(

@@ -1,4 +1,4 @@
-"""Bounds the log of a service that `scalellm up` started: the file that its standard error goes to."""
+"""Rotation of the log file of a service that `scalellm up` started, to which its standard error is redirected."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pathlib import Path
 from scalellm.services.common.new_file import create_file
 
 LOG_BYTES = 16 * 2**20
-"""Size, about, at which a log is put aside."""
+"""Approximate size at which a log is rotated."""
 
 _NUM_OLD = 2
 _STREAMS = (1, 2)
 
 
 def log_files(log: Path) -> list[Path]:
-    """The files of a log, there or not, from the newest to the oldest."""
+    """Return the paths of a log's files, whether they exist or not, from the newest to the oldest."""
     return [log, *(log.with_name(f"{log.name}.{number}") for number in range(1, _NUM_OLD + 1))]
 
 
 class BoundedLog(logging.Filter):
-    """Puts the log aside once it is large enough, and goes on in a new file; a handler asks it before each line.
+    """Rotates the log once it is large enough. A logging handler calls it as a filter before each line.
 
-    The process's standard streams move to the new file, so that tracebacks and what C++ libraries print are in it as
-    well. The other processes that write to the log (a service's children) move with their next line, and what they
-    write until then is in the file that was put aside: no line is lost but with the oldest file.
+    The process's standard streams are redirected to the new file, so that it also gets tracebacks and the output of C++
+    libraries. Other processes that write to the log (a service's children) switch with their next line; until then they
+    write to the rotated file. So lines are lost only with the oldest file.
 
     Args:
-        log: The file, in a folder of this user's own. A process whose standard error is another one is left alone.
-        limit: Bytes.
+        log: The file, in a folder of this user. Nothing is done if the process's standard error is another file.
+        limit: Size in bytes at which the log is rotated.
     """
 
     def __init__(self, log: Path, limit: int = LOG_BYTES) -> None:
@@ -42,15 +42,15 @@ class BoundedLog(logging.Filter):
         self._is_ours = any(_is(_status(file), os.fstat(2)) for file in log_files(log))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let every line pass, into a file that has room for it."""
+        """Rotate the log if necessary. Returns True, so that every line is logged."""
         if self._is_ours:
-            with contextlib.suppress(OSError):  # a line in a large file is better than none
+            with contextlib.suppress(OSError):  # if the rotation fails, the line goes to the large file
                 self._make_room()
         return True
 
     def _make_room(self) -> None:
         there, current = _status(self._log), os.fstat(2)
-        if there is None:  # it is being put aside
+        if there is None:  # another process is rotating it
             return
         if not _is(there, current):
             self._move(current)
@@ -61,7 +61,7 @@ class BoundedLog(logging.Filter):
         folder = os.open(self._log.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            if _is(_status(self._log), current):  # nobody else was faster
+            if _is(_status(self._log), current):  # no other process has rotated it meanwhile
                 for newer, older in reversed(list(pairwise(log_files(self._log)))):
                     with contextlib.suppress(FileNotFoundError):
                         newer.rename(older)
@@ -71,7 +71,7 @@ class BoundedLog(logging.Filter):
         self._move(current)
 
     def _move(self, current: os.stat_result) -> None:
-        """Let the streams that go to the file `current` go to the one that has the log's name now."""
+        """Redirect the standard streams that write to the file `current` to the file that now has the log's name."""
         descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             for stream in _STREAMS:

@@ -1,6 +1,6 @@
-"""Log lines of all services: text for people, JSON for collectors; each says which request it belongs to.
+"""Log lines of all services, as text for people or JSON for collectors. Each contains the request that it belongs to.
 
-No log line carries the text of a prompt or an answer, except where `--log-prompts` asks for it.
+No log line contains the text of a prompt or an answer, unless `--log-prompts` is set.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LogFormat = Literal["text", "json"]
 
 @dataclass(slots=True)
 class RequestFields:
-    """The fields of every line that is logged on behalf of a request; empty where a value is not known.
+    """The fields of every line that is logged for a request. Unknown values are empty.
 
     Attributes:
         request_id: The request's id.
@@ -44,19 +44,19 @@ class RequestFields:
 
 
 request_fields: ContextVar[RequestFields | None] = ContextVar("request_fields", default=None)
-"""The request that the current task works for. The fields may be filled in after it was set."""
+"""The request that the current task works for. Its fields may be filled in after it was set."""
 
 _NAMES = tuple(field.name for field in fields(RequestFields))
 
 
 def configure_logging(service: str, settings: ServiceSettings) -> None:
-    """Log lines to standard error, in the format that was asked for; in a bounded file, if `scalellm up` made it."""
+    """Log to standard error in the format of the settings. If `scalellm up` made the log file, it is rotated."""
     handler = log_handler(service, settings.log_format, sys.stderr)
     if log := os.environ.get(SERVICE_LOG):
         handler.addFilter(BoundedLog(Path(log)))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
-    # It logs, with a traceback and before keys are checked, each value of metadata that is not UTF-8, such as
-    # a mistyped key. What our handlers raise is told by `guarded`.
+    # grpc.aio logs every value of metadata that is not UTF-8, such as a mistyped key, with a traceback and before keys
+    # are checked. Errors of our handlers are logged by `guarded`.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     if settings.log_format == "json":
         _log_what_python_prints()
@@ -76,7 +76,7 @@ def log_formatter(service: str, log_format: LogFormat) -> logging.Formatter:
 
 
 def tell_errors(service: str, log_format: LogFormat, errors: Iterable[str]) -> None:
-    """Print why a service does not start, in the service's log format. Works before logging is set up."""
+    """Print the reasons why a service cannot start, in its log format. Works before logging is set up."""
     handler = log_handler(service, log_format, sys.stderr)
     for error in errors:
         if log_format == "json":
@@ -86,7 +86,7 @@ def tell_errors(service: str, log_format: LogFormat, errors: Iterable[str]) -> N
 
 
 def _log_what_python_prints() -> None:
-    """A collector of JSON reads no tracebacks. (asyncio logs of itself; what C++ libraries print stays as it is.)"""
+    """Log uncaught exceptions and warnings as JSON, because a collector of JSON cannot read Python's own output."""
     logging.captureWarnings(True)
 
     def on_exception(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
@@ -105,7 +105,7 @@ def _log_what_python_prints() -> None:
 
 
 def _add_request_fields(record: logging.LogRecord) -> bool:
-    """Complete a record with the fields of the current request; what the caller gave as `extra` stays."""
+    """Add the fields of the current request to a record, except those that the caller gave as `extra`."""
     request = request_fields.get()
     if request is not None:
         for name in _NAMES:
@@ -127,7 +127,7 @@ class _TextFormatter(logging.Formatter):
 
 
 def _json_formatter(service: str) -> logging.Formatter:
-    from pythonjsonlogger.json import JsonFormatter  # only where it is asked for
+    from pythonjsonlogger.json import JsonFormatter  # imported only if it is used
 
     return JsonFormatter(
         ["levelname", "process", "name", "message"],
@@ -138,11 +138,11 @@ def _json_formatter(service: str) -> logging.Formatter:
 
 
 class LineLimit:
-    """Lets a few lines through in each stretch of time, and counts the rest: a failing dependency must not flood.
+    """Limits the rate of log lines, and counts the suppressed ones, so that a failing dependency cannot flood the log.
 
     Args:
-        lines: Lines per stretch.
-        seconds: Length of a stretch.
+        lines: Most lines per interval.
+        seconds: Length of an interval.
         clock: Monotonic seconds.
     """
 
@@ -155,7 +155,7 @@ class LineLimit:
         self._held_back = 0
 
     def admit(self) -> int | None:
-        """Return the number of lines held back since the last one that passed; None: this one is held back, too."""
+        """Return the number of lines suppressed since the last one that passed; None: this line is suppressed, too."""
         now = self._clock()
         if now - self._began >= self._seconds:
             self._began, self._passed = now, 0

@@ -1,6 +1,6 @@
-"""Figures of what happened between two readings of a service's metrics.
+"""Figures about the time between two readings of services' metrics.
 
-A figure that cannot be told (its family is missing, or what was sent is no finite number) is NaN.
+A figure that is not known (its metric is missing, or a value is not finite) is NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Samples = Mapping[str, Mapping[Labels, float]]
 
 
 def samples_of(families: Iterable[Metric]) -> dict[str, dict[Labels, float]]:
-    """Return the samples by name and labels; an empty family is there, too."""
+    """Return the samples by name and labels. A family without samples has an empty entry."""
     samples: dict[str, dict[Labels, float]] = {}
     for family in families:
         for suffix in _SUFFIXES.get(family.type, ("",)):
@@ -33,10 +33,10 @@ def samples_of(families: Iterable[Metric]) -> dict[str, dict[Labels, float]]:
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """One service's metrics at one time; without samples where it gave none.
+    """One service's metrics at one time. Without samples if it did not answer.
 
     Attributes:
-        address: Names the service.
+        address: Address of the service.
         at: Monotonic seconds.
         samples: By name and labels.
     """
@@ -47,11 +47,11 @@ class Scrape:
 
     @property
     def service(self) -> str:
-        """tokenizer, scheduler or executor; empty when it does not answer, or does not say."""
+        """Kind of the service: tokenizer, scheduler or executor; empty if it is not known."""
         return next((dict(labels).get("service", "") for labels in self.samples.get("scalellm_build_info", {})), "")
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of a metric over its series with these labels."""
+        """Return the sum of a metric over its series with these labels."""
         if name not in self.samples:
             return math.nan
         wanted = set(labels.items())
@@ -63,8 +63,8 @@ class Window:
     """The difference between two scrapes of the same services.
 
     Args:
-        old: The earlier ones.
-        new: The later ones.
+        old: The earlier scrapes.
+        new: The later scrapes.
     """
 
     def __init__(self, old: Sequence[Scrape], new: Sequence[Scrape]) -> None:
@@ -72,29 +72,29 @@ class Window:
         self.pairs = [(before.get(scrape.address, scrape), scrape) for scrape in new]
 
     def of(self, service: str) -> list[tuple[Scrape, Scrape]]:
-        """The pairs of one kind of service."""
+        """Return the pairs of scrapes of one kind of service."""
         return [pair for pair in self.pairs if pair[1].service == service]
 
     def labels(self, name: str, label: str) -> list[str]:
-        """The values that a label of a metric has anywhere, in order."""
+        """Return the values of a metric's label over all services, sorted."""
         found = {dict(key).get(label) for _, new in self.pairs for key in new.samples.get(name, {})}
         return sorted(value for value in found if value is not None)
 
     def gauge(self, name: str, **labels: str) -> float:
-        """A gauge now, summed over all services."""
+        """Return the latest value of a gauge, summed over all services."""
         return _sum(new.total(name, **labels) for _, new in self.pairs)
 
     def rate(self, name: str, **labels: str) -> float:
-        """A counter's increase per second, summed over all services."""
+        """Return a counter's increase per second, summed over all services."""
         return _sum(rate(old, new, name, **labels) for old, new in self.pairs)
 
     def quantile(self, histogram: str, q: float, **labels: str) -> float:
-        """A quantile of what was observed meanwhile; NaN when nothing was."""
+        """Return a quantile of the observations in the window; NaN if there were none."""
         return quantile(self.pairs, histogram, q, **labels)
 
 
 def increase(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
-    """A counter's increase; one that began anew counts from 0."""
+    """Return a counter's increase. If it was reset, it counts from 0."""
     before, now = old.total(name, **labels), new.total(name, **labels)
     if not old.samples:
         return 0.0 if name in new.samples else math.nan
@@ -102,12 +102,14 @@ def increase(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
 
 
 def rate(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
-    """A counter's increase per second."""
+    """Return a counter's increase per second."""
     return increase(old, new, name, **labels) / max(1e-3, new.at - old.at)
 
 
 def quantile(pairs: Sequence[tuple[Scrape, Scrape]], histogram: str, q: float, **labels: str) -> float:
-    """A quantile of the observations between the scrapes of each pair, linear within its bucket as in Prometheus."""
+    """Return a quantile of the observations between the scrapes of each pair, linear within a bucket as in
+    Prometheus.
+    """
     name = f"{histogram}_bucket"
     bounds = {dict(labels).get("le", "") for _, new in pairs for labels in new.samples.get(name, {})}
     counts = sorted(
@@ -127,7 +129,7 @@ def quantile(pairs: Sequence[tuple[Scrape, Scrape]], histogram: str, q: float, *
 
 
 def _sum(figures: Iterable[float]) -> float:
-    """The sum of those that are known; NaN when none is."""
+    """Return the sum of the known figures; NaN if none is known."""
     known = [figure for figure in figures if not math.isnan(figure)]
     return sum(known) if known else math.nan
 

@@ -1,7 +1,7 @@
-"""The Prometheus endpoint of a service, and what all services say there.
+"""The Prometheus endpoint of a service, and the metrics that all services have.
 
-The endpoint answers on a thread of its own. Rendering competes with the event loop for the interpreter, so the thread
-offers it to the loop after every metric: the loop waits for tens of microseconds, not for a whole scrape.
+The endpoint answers in a thread of its own. Rendering competes with the event loop for the interpreter lock, so the
+thread releases it after every metric: the loop waits for tens of microseconds, not for a whole scrape.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class MetricsEndpoint:
         port: Port to listen on; 0 takes a free one.
         service: Name of the service.
         collectors: Collectors of its metrics.
-        processes: Pids of the service's other processes, by what they are; called at each scrape.
+        processes: Returns the pids of the service's other processes, by their kind. Called at each scrape.
         tls: TLS files of the endpoint.
-        tracer: The process's own, if traces are on: the spans that it loses are told.
+        tracer: The process's tracer, if traces are on, whose lost spans are reported.
 
     Raises StartError.
     """
@@ -73,7 +73,7 @@ class MetricsEndpoint:
 
 
 def make_registry(service: str, collectors: Iterable[Collector]) -> CollectorRegistry:
-    """Return what the collectors say, and what runs here, to be rendered on a thread beside an event loop."""
+    """Return a registry of the collectors and the build, for rendering in a thread beside an event loop."""
     registry = _PoliteRegistry()
     for collector in (_BuildCollector(service), *collectors):
         registry.register(collector)
@@ -81,11 +81,11 @@ def make_registry(service: str, collectors: Iterable[Collector]) -> CollectorReg
 
 
 class LoopLag:
-    """Measures how late an event loop runs what is due: the time that any request waits for it on the way.
+    """Measures the delay with which an event loop runs due callbacks, which adds to the latency of every request.
 
     Args:
-        observe: Takes each measurement, in seconds.
-        interval: Seconds between two of them.
+        observe: Receives each measurement, in seconds.
+        interval: Seconds between two measurements.
     """
 
     def __init__(self, observe: Callable[[float], None], interval: float = _LAG_INTERVAL) -> None:
@@ -125,15 +125,15 @@ def histogram_metric(
 
 
 DROPPED_SPANS = ("scalellm_trace_spans_dropped", "Spans of traces that were lost.", ("reason",))
-"""Name, text and labels of the counter; there while traces are on."""
+"""Name, text and labels of the counter of lost spans, which exists while traces are on."""
 
 QUEUE_FULL, EXPORT_FAILED = "queue_full", "export_failed"
-"""Reasons of lost spans: more waited than there is room for, or nobody took them."""
+"""Reasons of lost spans: the queue was full, or the export failed."""
 
 
 class _PoliteRegistry(CollectorRegistry):
     def collect(self) -> Iterator[Metric]:
-        """All metrics; whoever waits for the interpreter gets it in between."""
+        """Yield all metrics, releasing the interpreter lock in between."""
         for metric in super().collect():
             yield metric
             time.sleep(0)
@@ -144,19 +144,21 @@ class _BuildCollector(Collector):
         self._labels = {"service": service, "version": __version__, "python": platform.python_version()}
 
     def collect(self) -> Iterator[Metric]:
-        """One constant."""
+        """Yield the metric with the build's version."""
         build = GaugeMetricFamily("scalellm_build_info", "What runs here; always 1.", labels=tuple(self._labels))
         yield filled(build, [(tuple(self._labels.values()), 1.0)])
 
 
 class _ProcessesCollector(Collector):
-    """CPU time and memory of every process of the service: ProcessCollector knows only the one that answers."""
+    """CPU time and memory of every process of the service. prometheus_client's ProcessCollector has only its own
+    process.
+    """
 
     def __init__(self, others: Callable[[], Mapping[str, int]]) -> None:
         self._others = others
 
     def collect(self) -> Iterator[Metric]:
-        """One sample per process that is there."""
+        """Yield the metrics, with one sample per running process."""
         cpu, memory, files = [], [], []
         for name, pid in {"main": os.getpid(), **self._others()}.items():
             try:
@@ -166,7 +168,7 @@ class _ProcessesCollector(Collector):
                     cpu.append(((name,), times.user + times.system))
                     memory.append(((name,), float(process.memory_info().rss)))
                     files.append(((name,), float(process.num_fds())))
-            except psutil.Error:  # it ended just now
+            except psutil.Error:  # it has just ended
                 continue
         labels = ("process",)
         prefix = "scalellm_process"
@@ -182,7 +184,7 @@ class DroppedSpansCollector(Collector):
         self._tracer = tracer
 
     def collect(self) -> Iterator[Metric]:
-        """One counter."""
+        """Yield the counter of lost spans."""
         name, text, labels = DROPPED_SPANS
         values = [((QUEUE_FULL,), self._tracer.num_refused), ((EXPORT_FAILED,), self._tracer.num_failed)]
         yield filled(CounterMetricFamily(name, text, labels=labels), values)

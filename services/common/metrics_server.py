@@ -1,4 +1,4 @@
-"""The HTTP server under a metrics endpoint: a thread per question, plaintext or TLS."""
+"""The HTTP server of a metrics endpoint, with a thread per request, plaintext or TLS."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MetricsServer:
     Attributes:
         address: host:port.
 
-    Raises ConfigFileError, and OSError when it cannot listen there.
+    Raises ConfigFileError, and OSError if it cannot listen.
     """
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, tls: TlsFiles) -> None:
@@ -53,7 +53,7 @@ class _Server(ThreadingWSGIServer):
     tls: Reloaded[ssl.SSLContext] | None
 
     def server_bind(self) -> None:
-        """Take the address, of either family; the base class knows only one, and looks the host's name up."""
+        """Bind the address, of IPv4 or IPv6. The base class supports only one, and looks the host's name up."""
         self.socket.close()
         host, port = self.server_address[:2]
         self.socket = bound_socket(str(host), port)
@@ -65,16 +65,16 @@ class _Server(ThreadingWSGIServer):
         connection, address = super().get_request()
         if self.tls is not None:
             self.tls.refresh()
-            # The handshake comes with the first read, on the question's own thread.
+            # The handshake happens with the first read, in the request's own thread.
             connection = self.tls.value.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever breaks a connection off, or shows no certificate, is not worth a traceback."""
+        """Log no traceback for a client that breaks its connection off, or has no certificate."""
 
 
 class _Handler(WSGIRequestHandler):
     timeout = 10.0  # for the handshake, and between bytes
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not logged."""
+        """Do nothing: scrapes are not logged."""

@@ -1,4 +1,4 @@
-"""The small JSON files of a model directory, read with one rule: an object, or a refusal that names the file."""
+"""Reading of the small JSON files of a model directory, which must be objects, with errors that name the file."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ class ModelFileError(ValueError):
 
 
 def read_json_object(path: Path, *, missing: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file, `missing` where it is given and there is no such file.
+    """Return the object in a JSON file; `missing`, if given, if the file does not exist.
 
     Raises ModelFileError.
     """
@@ -31,17 +31,17 @@ def read_json_object(path: Path, *, missing: Mapping[str, Any] | None = None) ->
 
 
 def brief(error: BaseException) -> str:
-    """Return what an error of a library says in a line that is not too long to read."""
+    """Return the message of a library's error, shortened to a readable line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def shown(value: object) -> str:
-    """Return a value of a file for a message: however long it is, the message stays a line."""
+    """Return a value of a file for a message, shortened so that the message stays one line."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def shown_name(name: str) -> str:
-    """Return the name of a key, tensor or file for a message, which stays a line."""
+    """Return the name of a key, tensor or file for a message, shortened so that the message stays one line."""
     return shown(name)[1:-1]

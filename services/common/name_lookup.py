@@ -1,4 +1,4 @@
-"""Look-ups of services' names that are repeated while the services run."""
+"""Periodic look-ups of services' names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _log = logging.getLogger(__name__)
 
 
 class NameLookup:
-    """Looks names up; one that fails is told of once.
+    """Looks names up, and logs a failure once until its name can be looked up again.
 
     Args:
-        kind: The kind of service that the names stand for, as log lines call it.
+        kind: The kind of service that the names stand for, for log lines.
 
     Attributes:
-        errors: The reason of each name that could not be looked up the last time.
+        errors: By name, the reason why the last look-up failed.
     """
 
     def __init__(self, kind: str) -> None:
@@ -24,7 +24,7 @@ class NameLookup:
         self.errors: dict[str, str] = {}
 
     async def look_up(self, name: str) -> frozenset[str] | None:
-        """Return the addresses of a name, see `look_up`; None where that fails."""
+        """Return the addresses of a name, see the function `look_up`; None if that fails."""
         try:
             addresses = await look_up(name)
         except (OSError, UnicodeError) as error:  # the latter: not a host name at all

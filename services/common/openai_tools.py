@@ -1,4 +1,4 @@
-"""Reads tools that a model may call from the JSON in which OpenAI's API has them."""
+"""Conversion of tools from the JSON of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scalellm.v1 import generation_pb2
 
 
 def add_tools(chat: generation_pb2.Chat, tools: object, read: Callable[[Any, str, generation_pb2.Tool], None]) -> None:
-    """Add a JSON list of tools to a conversation, each as `read` reads it. Raises StatusError that names the entry."""
+    """Add a JSON list of tools to a conversation, each converted by `read`. Raises StatusError that names the entry."""
     if tools is None:
         return
     if not isinstance(tools, list):
@@ -24,7 +24,7 @@ def add_tools(chat: generation_pb2.Chat, tools: object, read: Callable[[Any, str
 
 
 def openai_tool(tool: dict[str, Any], where: str, made: generation_pb2.Tool) -> None:
-    """Fill in a tool from OpenAI's JSON: as chats write it, or flat as responses do. Raises StatusError."""
+    """Fill in a tool from OpenAI's JSON, in the format of chats, or flat as in responses. Raises StatusError."""
     if tool.get("type") != "function":
         raise StatusError.invalid(
             f"{where}.type", f"must be function: nothing else can be called here, got {shown_type(tool)}"
@@ -38,7 +38,9 @@ def openai_tool(tool: dict[str, Any], where: str, made: generation_pb2.Tool) -> 
 
 
 def fill_tool(made: generation_pb2.Tool, function: dict[str, Any], schema: str, where: str) -> None:
-    """Fill in a tool from the fields of a function, of which `schema` has its arguments. Raises StatusError."""
+    """Fill in a tool from the fields of a function; schema: name of the field with its arguments. Raises
+    StatusError.
+    """
     made.name = as_text(function.get("name"), f"{where}.name")
     if function.get("description") is not None:
         made.description = as_text(function["description"], f"{where}.description")

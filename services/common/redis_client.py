@@ -1,4 +1,4 @@
-"""The Redis client of every service: waits are bounded, because Redis may stall and the service must not."""
+"""The Redis client of every service. Its waits are limited, so that a stalled Redis does not stall the service."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY_PREFIX = "scalellm:"
 _SENTINEL = re.compile(r"rediss?\+sentinel://")
 _SENTINEL_PORT = 26379
 
-# The part of an address that is shown. Any other address may contain a password anywhere.
+# The part of a URL that may be shown. In any other URL a password may be anywhere.
 _HOST = r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _SHAPES = tuple(
     re.compile(rf"(?P<scheme>{scheme})://(?P<who>[^/?#]*@)?(?P<place>{place})(?P<query>\?[^@#]*)?")
@@ -32,7 +32,7 @@ _SHAPES = tuple(
 
 
 def open_redis(url: str, *, timeout: float = 1.0) -> Redis:
-    """A client whose every operation answers or raises redis.RedisError within about `timeout` seconds.
+    """Make a client, each operation of which returns or raises redis.RedisError within about `timeout` seconds.
 
     Connects on first use and reconnects by itself. One retry covers a connection that the server closed while idle.
 
@@ -40,7 +40,7 @@ def open_redis(url: str, *, timeout: float = 1.0) -> Redis:
         url: redis://host:port/db, rediss://..., unix://path or redis+sentinel://host:port,host:port/name/db.
         timeout: Longest wait for a connection and for an answer, in seconds.
 
-    Raises StartError when the URL is none.
+    Raises StartError if the URL is invalid.
     """
     try:
         _refuse_raw_secrets(url)
@@ -51,7 +51,7 @@ def open_redis(url: str, *, timeout: float = 1.0) -> Redis:
             socket_timeout=timeout,
             socket_connect_timeout=timeout,
             retry=Retry(NoBackoff(), 1),
-            # Off: against a stalled server its health check reconnects, which checks the health again, without end.
+            # Health checks are off, because against a stalled server each reconnects and checks again, without end.
             health_check_interval=0,
             decode_responses=False,
         )
@@ -64,16 +64,18 @@ def open_redis(url: str, *, timeout: float = 1.0) -> Redis:
 
 
 class _Pool(SentinelConnectionPool):
-    """Connections to the master that the sentinels name, which closes those to the sentinels with its own."""
+    """A pool of connections to the master that the sentinels name. Closing it also closes the connections to
+    sentinels.
+    """
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
         await super().disconnect(inuse_connections)
-        if inuse_connections:  # else it is the pool itself, when the master has changed
+        if inuse_connections:  # False if the pool itself disconnects because the master has changed
             await self.sentinel_manager.aclose()
 
 
 def _open_by_sentinel(url: str, timeout: float) -> Redis:
-    """A client of the master that Sentinel names. Each new connection asks for it, so a failover needs no more.
+    """Make a client of the master that Sentinel names. Each new connection asks Sentinel, so failovers are followed.
 
     TLS, user and password are those of Redis; TLS is used for the sentinels, too, which have a user and a password of
     their own in the query: `sentinel_username`, `sentinel_password`. Raises ValueError.
@@ -117,7 +119,7 @@ def _has_port(host: str) -> bool:
 
 
 def shown_url(url: str) -> str:
-    """The URL as it may be shown: without user, password and query, whatever characters a raw password has."""
+    """Return the URL for display, without user, password and query, even if the password has unescaped characters."""
     for shape in _SHAPES:
         if found := shape.fullmatch(url):
             who, query = "***@" if found["who"] else "", "?***" if found["query"] else ""
@@ -126,7 +128,9 @@ def shown_url(url: str) -> str:
 
 
 def _refuse_raw_secrets(url: str) -> None:
-    """Raise ValueError where a raw / ? or # ended the part with the password: its rest would be taken for a host."""
+    """Raise ValueError if a password contains an unescaped / ? or #, because the part after it would be taken for a
+    host.
+    """
     before_query, _, query = url.partition("?")
     authority, slash, path = before_query.partition("://")[2].partition("/")
     if "#" in url or "@" in path or ("@" in query and not re.match("(.*&)?(sentinel_)?(username|password)=", query)):

@@ -1,4 +1,4 @@
-"""Health of a Redis: the services' needs are tried at the start and as long as they run, and failures explained."""
+"""Health of a Redis: periodic tests of the commands that services need, and explanations of failures."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from scalellm.services.common.redis_client import KEY_PREFIX
 _log = logging.getLogger(__name__)
 
 REDIS_ERRORS = (exceptions.RedisError, OSError, TimeoutError)
-"""All that an operation raises which Redis did not do."""
+"""The exceptions of a failed Redis operation."""
 
 _TTL_MS = "10000"
-"""Time to live of the keys that are tried, should nobody be there to delete them."""
+"""Milliseconds after which test keys expire, in case they are not deleted."""
 _NUM_SLOTS_TRIED = 16
-"""Single keys, which lie anywhere: of a cluster's nodes each has some."""
+"""Number of test keys, which are distributed over a cluster's nodes so that each node has some."""
 
-# The commands of sessions and quotas, tried on a hash and an index.
+# The commands of sessions and quotas, tested on a hash and an index.
 _SCRIPT = """
 local time = redis.call('TIME')
 redis.call('DEL', KEYS[1])
@@ -50,7 +50,7 @@ return redis.call('PTTL', KEYS[2])
 
 
 class RedisFault(enum.Enum):
-    """A failure of Redis: its cause, as clients are told, and advice for the operator."""
+    """A kind of failure of Redis: its cause, for clients, and advice for the operator."""
 
     UNREACHABLE = "cannot be reached", "is it running, and the address right?"
     SLOW = "does not answer in time", "see its load, and the network"
@@ -78,11 +78,11 @@ class RedisFault(enum.Enum):
 
     @property
     def answers(self) -> bool:
-        """True if Redis answers and refuses, so that waiting does not help."""
+        """True if Redis answers but refuses, so that waiting does not help."""
         return self not in (RedisFault.UNREACHABLE, RedisFault.SLOW, RedisFault.LOADING)
 
     def explain(self, error: BaseException) -> str:
-        """One line for the operator: the cause, what Redis or the network says, and what to do."""
+        """Return one line for the operator: the cause, the error of Redis or the network, and advice."""
         told = _root(error)
         return f"Redis {self.cause}: {str(told) or type(told).__name__}; {self.advice}"
 
@@ -102,7 +102,7 @@ class RedisFault(enum.Enum):
         return cls.REFUSED if isinstance(error, exceptions.ResponseError) else cls.UNREACHABLE
 
 
-# The first word of Redis' errors.
+# Errors of Redis are recognised by their first word.
 _FAULTS: Mapping[str, RedisFault] = MappingProxyType(
     {
         "LOADING": RedisFault.LOADING,
@@ -121,29 +121,29 @@ _FAULTS: Mapping[str, RedisFault] = MappingProxyType(
     }
 )
 
-# Redis 6 puts errors of a script's commands into a sentence, that of a lacking permission without its code.
+# Redis 6 wraps errors of a script's commands in a sentence, which for a missing permission lacks the error code.
 _OF_A_SCRIPT = re.compile(r"@user_script: ?\d+: (?:-([A-Z]+) |The user executing the script can't run)")
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return the error behind a ConnectionError, which the client raises for all that goes wrong while it connects."""
+    """Return the cause of a ConnectionError, which the client raises for any failure to connect."""
     while isinstance(error, exceptions.ConnectionError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 async def probe_redis(redis: Redis, *, sessions: bool) -> None:
-    """Try what the services do, on keys that are gone afterwards, in one round trip.
+    """Test the commands that services use, in one round trip, on keys that are deleted afterwards.
 
     Args:
         redis: The Redis.
-        sessions: True if conversations are kept and limits counted there as well; False: single values alone.
+        sessions: True to test also the commands of sessions and quotas; False: only those of single values.
 
     Raises one of REDIS_ERRORS.
     """
     tag = os.urandom(8).hex()
     single = [f"{KEY_PREFIX}probe:{tag}:{number}" for number in range(_NUM_SLOTS_TRIED)]
-    # The part in braces decides on the node of the keys, in a cluster that is reached through a proxy.
+    # In a cluster that is reached through a proxy, the part in braces decides the node of the keys.
     fields, index = f"{KEY_PREFIX}probe:{{{tag}}}:hash", f"{KEY_PREFIX}probe:{{{tag}}}:index"
     pipeline = redis.pipeline(transaction=False)
     pipeline.ping()
@@ -165,17 +165,17 @@ async def probe_redis(redis: Redis, *, sessions: bool) -> None:
 
 
 class RedisWatch:
-    """Tries again and again whether a Redis does what a service needs, and logs what changes.
+    """Tests periodically whether a Redis can do what a service needs, and logs changes.
 
     Args:
         redis: The Redis.
         sessions: See `probe_redis`.
-        without: Consequence of its failure, for the log.
-        interval: Seconds between two attempts.
+        without: Consequence of a failure, for the log.
+        interval: Seconds between two tests.
 
     Attributes:
-        is_up: True if the last attempt worked.
-        num_failures: Number of operations that it did not do.
+        is_up: True if the last test succeeded.
+        num_failures: Number of failed operations.
     """
 
     def __init__(self, redis: Redis, *, sessions: bool, without: str, interval: float = 1.0) -> None:
@@ -188,7 +188,7 @@ class RedisWatch:
         self.num_failures = 0
 
     async def run(self) -> None:
-        """Try until cancelled."""
+        """Test periodically until cancelled."""
         while True:
             try:
                 with cancellable():
@@ -200,7 +200,7 @@ class RedisWatch:
             await asyncio.sleep(self._interval)
 
     def report(self, error: BaseException | None) -> None:
-        """Note how a call of Redis ended: with an error, or with None."""
+        """Record the outcome of a Redis operation: its error, or None."""
         self.num_failures += error is not None
         fault = RedisFault.of(error) if error is not None else None
         if fault is self._fault and self.is_up == (fault is None):

@@ -16,22 +16,23 @@ T = TypeVar("T")
 
 
 class ConfigFileError(StartError):
-    """A file that the service was told to use cannot be used; the message names the option, the file and why."""
+    """A configured file cannot be used. The message names the option, the file and the reason."""
 
 
 class Reloaded(Generic[T]):
-    """The contents of some files, read again when one of them is changed or replaced.
+    """The contents of some files, which are read again when one of them changes.
 
-    A change with a mistake in it is logged once and leaves the value as it was: a service that runs is not ended by a
-    certificate that is half copied.
+    An invalid change is logged once, and the last valid value is kept, so that, for instance, a partly copied
+    certificate does not end a running service.
 
     Args:
         files: Files to watch.
-        load: Reads and checks them; raises ConfigFileError.
+        load: Reads and checks them. Raises ConfigFileError.
 
     Attributes:
-        value: The contents that were read last.
-        failing_since: Monotonic seconds since when the files cannot be used, so that `value` is old; None: it is not.
+        value: The last valid contents.
+        failing_since: Monotonic seconds since which the files have been invalid, so that `value` is old; None: they are
+            valid.
     """
 
     def __init__(self, files: Sequence[Path], load: Callable[[], T]) -> None:
@@ -42,7 +43,7 @@ class Reloaded(Generic[T]):
         self.failing_since: float | None = None
 
     def refresh(self) -> bool:
-        """Look at the files. Whether there is a new value."""
+        """Read the files again if they have changed. Returns whether there is a new value."""
         stamp = self._read_stamp()
         if stamp == self._stamp and self.failing_since is None:
             return False
@@ -67,14 +68,14 @@ class Reloaded(Generic[T]):
 
 def _stamp_of(path: Path) -> tuple[int, int, int] | None:
     try:
-        status = path.stat()  # follows links, which is how mounted secrets are replaced
+        status = path.stat()  # follows links, because mounted secrets are replaced by changing a link
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def read_file(path: Path, option: str) -> bytes:
-    """The bytes of a file that `option` names. Raises ConfigFileError."""
+    """Read a file that `option` names. Raises ConfigFileError."""
     try:
         return path.read_bytes()
     except OSError as error:

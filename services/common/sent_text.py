@@ -1,4 +1,4 @@
-"""Texts out of JSON that somebody sent."""
+"""Checks of texts in clients' JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scalellm.services.common.errors import StatusError
 
 
 def as_text(value: object, param: str) -> str:
-    """Return a text that can be written as UTF-8. Raises StatusError that names `param`."""
+    """Check that a value is a text that can be encoded as UTF-8. Raises StatusError that names `param`."""
     if not isinstance(value, str):
         raise StatusError.invalid(param, "must be a string")
     if not value.isascii():
@@ -20,7 +20,7 @@ def as_text(value: object, param: str) -> str:
 
 
 def json_text(value: object, param: str) -> str:
-    """Return JSON as text, which clients send as it is or as a text. Raises StatusError."""
+    """Return JSON as text. Clients send it either as a JSON value or as text. Raises StatusError."""
     if isinstance(value, str):
         return as_text(value, param)
     try:

@@ -1,4 +1,4 @@
-"""The models that a service is told to serve: their names and where they are."""
+"""The list of models that a service serves, with their names and sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ServedModel(NamedTuple):
     """One model.
 
     Attributes:
-        name: The name that clients and executors know it by.
+        name: The name under which clients and executors know it.
         source: A name of the catalogue or of the Hub, a directory or a file.
     """
 
@@ -23,11 +23,11 @@ class ServedModel(NamedTuple):
 
 
 def read_models(listed: str, only_name: str = "") -> tuple[ServedModel, ...]:
-    """Return the models of a list MODEL,NAME=MODEL,...; what is there as a file or directory is one model.
+    """Parse a list MODEL,NAME=MODEL,... If the whole text is the path of a file or directory, it is one model.
 
     Args:
         listed: The list.
-        only_name: Name of the model, where it is one; empty: its own.
+        only_name: Name of the model if the list has only one; empty: the model's own name.
 
     Raises ValueError.
     """
@@ -35,7 +35,7 @@ def read_models(listed: str, only_name: str = "") -> tuple[ServedModel, ...]:
 
 
 def name_models(parts: Sequence[str], only_name: str = "") -> tuple[ServedModel, ...]:
-    """Return the models of the parts of a list, each MODEL or NAME=MODEL. Arguments and errors as in `read_models`."""
+    """Parse the parts of a list, each MODEL or NAME=MODEL. Arguments and errors as in `read_models`."""
     if not all(parts):
         raise ValueError("a model is missing: must be MODEL or NAME=MODEL, with commas between several")
     models = tuple(map(_read_one, parts))
@@ -50,9 +50,9 @@ def name_models(parts: Sequence[str], only_name: str = "") -> tuple[ServedModel,
 
 
 def join_models(models: Mapping[str, Path]) -> str:
-    """Return the list that `read_models` reads as these models, given by name.
+    """Format models, given by name, as a list for `read_models`.
 
-    Raises ValueError for a name or path with characters that the list has a meaning for.
+    Raises ValueError for a name or path with characters that are special in the list.
     """
     listed = ",".join(f"{name}={path}" for name, path in models.items())
     if [tuple(part.partition("=")[::2]) for part in _split(listed)] != [(n, str(path)) for n, path in models.items()]:

@@ -28,7 +28,7 @@ _ENDPOINT = re.compile(r"https?://([^/\s]+)/?")
 
 
 def settings_config(service: str) -> SettingsConfigDict:
-    """The way every service reads its settings: `--some-name` or `SCALELLM_<SERVICE>_SOME_NAME`."""
+    """Return pydantic's configuration for a service's settings: `--some-name` or `SCALELLM_<SERVICE>_SOME_NAME`."""
     return SettingsConfigDict(
         env_prefix=f"SCALELLM_{service.upper()}_",
         cli_prog_name=f"python -m scalellm.services.{service}",
@@ -45,7 +45,7 @@ def settings_config(service: str) -> SettingsConfigDict:
 class ServiceSettings(BaseSettings):
     """Settings of every service."""
 
-    # Models are built when first used; base classes never are.
+    # pydantic builds a class when it is first used, and so never builds base classes.
     model_config = SettingsConfigDict(defer_build=True)
 
     host: Host = "127.0.0.1"
@@ -173,10 +173,10 @@ SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
 
 def describe(cls: type[BaseSettings]) -> None:
-    """Give each setting the docstring below it as its description, which `--help` and the references show.
+    """Set each setting's description, which `--help` and the reference pages show, to the docstring below it.
 
-    Pydantic could do so whenever a class is made (`use_attribute_docstrings`), but reading the source took a tenth of
-    the CPU time in which a service starts.
+    Pydantic's `use_attribute_docstrings` does the same whenever a class is made, but reading the source took a tenth of
+    the CPU time of a service's start.
     """
     for base in reversed(cls.__mro__[: cls.__mro__.index(BaseSettings)]):
         (definition,) = ast.parse(inspect.getsource(base)).body
@@ -188,7 +188,7 @@ def describe(cls: type[BaseSettings]) -> None:
 
 
 def load_settings(cls: type[SettingsT], argv: Sequence[str] | None = None) -> SettingsT:
-    """Read the settings of a service, or say in one line per mistake what is wrong with them and exit with 2."""
+    """Read the settings of a service. If they are invalid, print one line per error and exit with 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     prefix = cls.model_config.get("env_prefix", "")
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -209,7 +209,9 @@ def load_settings(cls: type[SettingsT], argv: Sequence[str] | None = None) -> Se
 
 
 def _check_variables(cls: type[BaseSettings], prefix: str) -> None:
-    """Raise SettingsError for a variable with the service's prefix that is none of its settings: it is misspelt."""
+    """Raise SettingsError for an environment variable with the service's prefix that is not a setting, as it is
+    misspelt.
+    """
     known = {f"{prefix}{name.upper()}" for name in cls.model_fields}
     for name in sorted(os.environ):
         if name.upper().startswith(prefix) and name.upper() not in known:
@@ -217,7 +219,7 @@ def _check_variables(cls: type[BaseSettings], prefix: str) -> None:
 
 
 def _log_format(cls: type[BaseSettings], arguments: list[str]) -> LogFormat:
-    """Return the log format of a service whose settings are wrong."""
+    """Return the log format of a service whose settings are invalid, from its arguments and environment."""
 
     class LogSettings(BaseSettings):
         model_config = SettingsConfigDict(

@@ -1,4 +1,4 @@
-"""Detection of peers that are silent on a standing connection, counted in turns of this process's event loop."""
+"""Detection of silent peers on open connections, counted in iterations of this process's event loop."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _PARTS = 4
 
 
 async def until_silent(limit: float, num_heard: Callable[[], int], is_due: Callable[[], bool] = lambda: True) -> None:
-    """Return once nothing has been heard for `limit` seconds.
+    """Wait until no message has come for `limit` seconds.
 
-    Counted in turns of this loop, not by the clock: when this process stood still itself, its peer did not hang, and
-    what it said meanwhile is yet to be read.
+    The time is counted in iterations of this event loop, not by the clock, so that a time in which this process itself
+    was stopped does not count: messages of the peer from that time have not been read yet.
 
     Args:
         limit: Seconds.
-        num_heard: Number of messages so far; any other number than the one before ends a silence.
-        is_due: Tells if the peer has to say anything now.
+        num_heard: Returns the number of messages so far. Any change ends a silence.
+        is_due: Returns whether a message of the peer is due.
     """
     pause = min(1.0, limit / _PARTS)
     silent, heard = 0.0, num_heard()
@@ -30,8 +30,8 @@ async def until_silent(limit: float, num_heard: Callable[[], int], is_due: Calla
 
 @asynccontextmanager
 async def silence_limit(limit: float) -> AsyncIterator[None]:
-    """As `asyncio.timeout`, but counted as by `until_silent`: what came while this process stood still is read before
-    its sender is given up. Raises TimeoutError.
+    """Context like `asyncio.timeout`, but counted as in `until_silent`, so that messages that came while this process
+    was stopped are read before their sender is given up. Raises TimeoutError.
 
     Args:
         limit: Seconds.

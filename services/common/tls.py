@@ -1,4 +1,4 @@
-"""TLS on listeners and on links, from PEM files that are read again when they change."""
+"""TLS of listeners and links, with PEM files that are read again when they change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class TlsFiles:
     Attributes:
         cert: Its certificate, followed by intermediate ones.
         key: The certificate's private key, not encrypted.
-        ca: Authorities that it trusts: on a listener, whose clients must show a certificate (mutual TLS).
+        ca: Certificates of the authorities that it trusts. On a listener, clients must then have a certificate of one
+            of them (mutual TLS).
         option: Beginning of the options that name the files, for messages: `--tls`.
     """
 
@@ -29,11 +30,11 @@ class TlsFiles:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Paths of the files that are given."""
+        """Return the paths of the configured files."""
         return tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
 
     def read(self) -> TlsMaterial:
-        """Read and check all of them. Raises ConfigFileError."""
+        """Read and check all files. Raises ConfigFileError."""
         if (self.cert is None) != (self.key is None):
             missing = "key" if self.key is None else "cert"
             raise ConfigFileError(f"{self.option}-{missing}: is missing: a certificate and its key are given together")
@@ -46,13 +47,13 @@ class TlsFiles:
         return material
 
     def read_for_listener(self) -> TlsMaterial:
-        """The same for an end that others connect to. Raises ConfigFileError."""
+        """Read and check all files of a listener. Raises ConfigFileError."""
         if self.cert is None and self.key is None:
             raise ConfigFileError(f"{self.option}-cert: is missing: a listener has to show a certificate")
         return self.read()
 
     def _check(self, material: TlsMaterial) -> None:
-        """Check the files, because gRPC's error about wrong ones names neither the file nor the reason."""
+        """Check the files, because gRPC's errors about invalid ones name neither the file nor the reason."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self.cert is not None and self.key is not None:
             try:
@@ -87,8 +88,8 @@ class TlsMaterial:
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials | None:
     """Return the credentials of a listener; None without files: plaintext.
 
-    The files are looked at with every handshake, so connections that stand keep their certificate and new ones get the
-    present one. Raises ConfigFileError.
+    The files are checked at every handshake, so new connections get the current certificate and open ones keep theirs.
+    Raises ConfigFileError.
     """
     if not files.paths:
         return None
@@ -103,7 +104,9 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials | None:
 
 
 def server_context(files: TlsFiles) -> Reloaded[ssl.SSLContext] | None:
-    """The same for a listener that is not gRPC's, to `refresh` before each handshake. Raises ConfigFileError."""
+    """Return the TLS context of a listener that is not gRPC's; `refresh` it before each handshake. Raises
+    ConfigFileError.
+    """
     if not files.paths:
         return None
 
@@ -121,7 +124,7 @@ def server_context(files: TlsFiles) -> Reloaded[ssl.SSLContext] | None:
 
 
 def listener_context(files: TlsFiles) -> ssl.SSLContext | None:
-    """The same for a listener that is given one context for good: each handshake looks at the files by itself.
+    """Return the TLS context of a listener that keeps one context, in which each handshake checks the files by itself.
 
     Raises ConfigFileError.
     """
@@ -135,7 +138,7 @@ def listener_context(files: TlsFiles) -> ssl.SSLContext | None:
 
     outer = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     outer.verify_mode = reloaded.value.verify_mode
-    outer.options |= ssl.OP_NO_TICKET  # a session that is taken up again would keep the authorities of its day
+    outer.options |= ssl.OP_NO_TICKET  # a resumed session would keep the authorities from its beginning
     outer.num_tickets = 0
     outer.sni_callback = on_handshake  # called without a name, too
     return outer
@@ -154,5 +157,5 @@ def _configuration(material: TlsMaterial) -> grpc.ServerCertificateConfiguration
 
 
 def _refuse_password() -> str:
-    # Without a password OpenSSL would ask for one on the terminal.
+    # Without this callback OpenSSL would ask for a password on the terminal.
     return ""

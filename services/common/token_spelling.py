@@ -91,7 +91,7 @@ def piece_rule(spec: Mapping[str, Any]) -> PieceRule:
 
 
 def token_bytes(tokens: list[str | None], spec: Mapping[str, Any]) -> list[bytes]:
-    """Return the bytes that each token contributes where it stands behind others.
+    """Return the bytes of each token, as it contributes them after other tokens.
 
     Args:
         tokens: The vocabulary's spelling of them, by id.

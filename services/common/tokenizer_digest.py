@@ -1,7 +1,7 @@
-"""The files of a model's tokenizer, and the digest that tells two tokenizers apart.
+"""The source files of a model's tokenizer, and the digest by which two tokenizers are compared.
 
-Text edge and executors exchange token ids, so they must mean the same tokens by them. Both sides compute this digest
-from the tokenizer's source, which needs no tokenizer to be built; a pair that differs is refused at the handshake.
+Text edge and executors exchange token ids, so they must have the same vocabulary. Both sides compute this digest from
+the tokenizer's source, without building the tokenizer; if the digests differ, the handshake is refused.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""TOML files that a service is told to use."""
+"""Reading of configured TOML files."""
 
 from __future__ import annotations
 

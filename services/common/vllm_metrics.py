@@ -1,7 +1,6 @@
-"""vLLM's metric names for our metrics: what dashboards, autoscalers and gateways read already.
+"""vLLM's names for our metrics, which existing dashboards, autoscalers and gateways read.
 
-Nothing is counted twice: the samples of a metric are rendered a second time under the other name, with the labels
-that vLLM gives them.
+The samples of a metric are rendered a second time under the other name, with vLLM's labels, and not counted twice.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ _NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 class WithVllmNames(Collector):
-    """Everything that a collector says, and part of it again under vLLM's names.
+    """All metrics of a collector, and some of them again under vLLM's names.
 
     Args:
-        collector: Counts.
+        collector: Collector of the metrics.
         engine: Value of the label `engine`.
-        model_name: Value of the label `model_name`, asked for at each scrape, where a metric does not have it.
+        model_name: Returns, at each scrape, the value of the label `model_name` for metrics that do not have it.
     """
 
     def __init__(self, collector: Collector, engine: str, model_name: Callable[[], str] = lambda: "") -> None:
@@ -55,11 +54,11 @@ class WithVllmNames(Collector):
         self._model_name = model_name
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that registering does not collect."""
+        """Return nothing, so that registering does not collect."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Ours, then theirs."""
+        """Yield the metrics under our names, and then those under vLLM's."""
         labels = {"model_name": self._model_name(), "engine": self._engine}
         aliases = []
         for metric in self._collector.collect():

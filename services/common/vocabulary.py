@@ -1,4 +1,4 @@
-"""The vocabulary of a model: what each of its tokens contributes to a text."""
+"""The vocabulary of a model: the bytes of each token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class VocabularyError(ValueError):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id. `tokens` are the bytes of each, none for one that nothing names; `special_ids` are no text."""
+    """Tokens by id. `tokens` are the bytes of each, empty for an unknown id; `special_ids` are tokens without text."""
 
     tokens: list[bytes]
     special_ids: frozenset[int]
@@ -44,7 +44,8 @@ class Vocabulary:
 def read_vocabulary(model: Path, vocab_size: int) -> Vocabulary:
     """Read the vocabulary of `model`, a model directory or a `.gguf` file, whose model has `vocab_size` tokens.
 
-    Tokens that only one of model and tokenizer has are left out or have no bytes. Raises VocabularyError.
+    Tokens beyond the model's vocabulary are left out; ids that the tokenizer lacks have no bytes. Raises
+    VocabularyError.
     """
     try:
         source = tokenizer_source(model)

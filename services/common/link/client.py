@@ -1,4 +1,4 @@
-"""The upstream end of a link: connects, shakes hands, and connects again when the peer was lost."""
+"""The upstream end of a link: connects, performs the handshake, and reconnects after a loss."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ _FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0
 _HANDSHAKE_LIMIT = 10.0
 
 _FRAMES_PER_COUNT = 8
-"""Frames of the peer after which it is told that they were taken: fewer than it writes without being told."""
+"""Number of received frames after which they are acknowledged. Fewer than the peer sends without an acknowledgement."""
 
 _RENEWALS_PER_LEASE = 6
 _DEMAND_PAUSE = 0.05
-"""Seconds between two renewals at least, however often the demand changes."""
+"""Least seconds between two renewals, however often the demand changes."""
 
 
 class LinkHandler(Protocol):
-    """The user of a link. The calls come from the event loop, one at a time, and must not block.
+    """The user of a link. Its methods are called on the event loop, one at a time, and must not block.
 
-    Frames have been checked as far as they can be without knowing what was asked; see `server_frames`.
+    Frames have passed all checks that do not depend on the requests; see `server_frames`.
     """
 
     def on_up(self, welcome: link_pb2.Welcome) -> None:
-        """The peer welcomed us. Raise StatusError to refuse it."""
+        """Handle the peer's Welcome. May raise StatusError to refuse the peer."""
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
-        """The peer sent the outcome of one or more steps."""
+        """Handle a frame with the results of one or more steps."""
 
     def on_down(self, error: StatusError) -> None:
-        """The link broke, or an attempt to connect failed: all requests on it are lost.
+        """Handle the loss of the link, with all requests on it, or a failed attempt to connect.
 
-        With UNAVAILABLE, `error.retry_after` is set if and only if the peer itself said when to come back.
+        With UNAVAILABLE, `error.retry_after` is set if and only if the peer itself sent a time to retry.
         """
 
 
 class LinkClient:
-    """Keeps one link to one address alive until it is cancelled.
+    """Keeps one link to one address open until `run` is cancelled.
 
     Args:
         address: host:port of the peer.
@@ -69,9 +69,9 @@ class LinkClient:
         dialer: Dialer of the connection.
         silence_limit: Seconds without any frame, while `is_busy()`, after which the peer counts as dead although its
             connection stands (a process that hangs).
-        is_busy: Tells if an answer of the peer is awaited.
-        demand: Returns the requests that wait for credits, for a peer whose requests have a lease to be renewed.
-        traffic: Counts what passes, over all connections; default: an object of its own.
+        is_busy: Returns whether an answer of the peer is due.
+        demand: Returns the requests that wait for credits. It is sent with each renewal of the lease.
+        traffic: Counts messages and bytes, over all connections; default: a new object.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class LinkClient:
         self._silence_limit = silence_limit
         self._is_busy = is_busy
         self._outbox: deque[link_pb2.ClientFrame] = deque()
-        self._renewal: link_pb2.Renewal | None = None  # the next one: a peer that does not read finds one, not a heap
+        # only the latest, so that they do not accumulate while the peer does not read
+        self._renewal: link_pb2.Renewal | None = None
         self._counts_frames = False
         self._num_read = 0
         self._count_due = False
@@ -113,15 +114,15 @@ class LinkClient:
         return self._up
 
     def submit(self, submit: link_pb2.Submit) -> None:
-        """Send a request. Only while the link is up."""
+        """Send a request. Must be called only while the link is up."""
         self._send(link_pb2.ClientFrame(submit=submit))
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
-        """End a request, or one sample of it. Without effect while the link is down: the peer has lost it anyway."""
+        """End a request, or one sample of it. Does nothing while the link is down, because the peer has lost it."""
         self._send(link_pb2.ClientFrame(abort=link_pb2.Abort(handle=handle, index=index, reason=reason)))
 
     def announce_demand(self) -> None:
-        """Tell the peer soon what `demand` says now."""
+        """Send the current demand with a renewal soon."""
         self._demand_changed.set()
 
     def _send(self, frame: link_pb2.ClientFrame) -> None:
@@ -130,7 +131,7 @@ class LinkClient:
             self._wake.set()
 
     async def run(self) -> None:
-        """Connect, serve, and connect again, until cancelled."""
+        """Connect, serve the link, and reconnect when it is lost, until cancelled."""
         now = asyncio.get_running_loop().time
         delay = _FIRST_DELAY
         while True:
@@ -148,11 +149,11 @@ class LinkClient:
                 drop_tracebacks(rpc_error)
             except ConfigFileError as file_error:
                 error = StatusError(grpc.StatusCode.UNAUTHENTICATED, f"{self.address}: {file_error}")
-            except Exception as unexpected:  # a mistake of the handler's: lose the connection, not the link
+            except Exception as unexpected:  # a bug in the handler ends the connection, but not the link
                 _log.exception("link to %s failed", self.address)
                 error = StatusError(grpc.StatusCode.INTERNAL, f"{self.address}: {unexpected!r}")
                 drop_tracebacks(unexpected)
-            # Logged once, not at every attempt: a peer may be away for hours.
+            # Logged once, and not at every attempt, because a peer may be away for hours.
             level = logging.WARNING if self._up or error.message != self._last_reason else logging.DEBUG
             _log.log(level, "link to %s is down, connecting again: %s", self.address, error.message)
             self._last_reason = error.message
@@ -163,14 +164,14 @@ class LinkClient:
             self._renewal = None
             self._count_due = False
             self._handler.on_down(error)
-            # From attempt to attempt: a peer that is starting lets its callers wait for a while, which is pause enough.
-            # Jitter, so that the links of many processes do not return in the same instant.
+            # The delay counts from the beginning of the last attempt, because a starting peer lets its callers wait
+            # already. The jitter prevents the links of many processes from reconnecting at the same time.
             await asyncio.sleep(max(_FIRST_DELAY, delay - (now() - began)) * random.uniform(0.8, 1.2))
             delay = min(delay * 2, _LONGEST_DELAY)
 
     async def _connect_once(self) -> None:
         async with self._dialer.open_channel(self.address) as channel:
-            # Bytes both ways: serialised here, where they are counted.
+            # The stream transmits bytes; messages are serialised here, where they are counted.
             call = channel.stream_stream(self._path)(metadata=self._dialer.metadata())
             try:
                 await self._send_frame(call, link_pb2.ClientFrame(hello=self._hello))
@@ -180,7 +181,7 @@ class LinkClient:
                 except TimeoutError:
                     raise StatusError.unavailable(f"{self.address} does not answer") from None
                 if first is grpc.aio.EOF:
-                    # The status, if the peer gave one, says more than we can.
+                    # The peer's status, if it sent one, is more specific.
                     await self._raise_status(call)
                     raise StatusError.unavailable(f"{self.address} did not answer with a Welcome")
                 welcome = self._take(first, read_welcome)
@@ -193,7 +194,7 @@ class LinkClient:
                 call.cancel()
 
     async def _serve(self, call: Any, welcome: link_pb2.Welcome) -> None:
-        # The writer's error first: it says more than the reader's when one event ended both.
+        # The writer comes first, because its error is more specific than the reader's if one event ended both.
         steps = [self._write(call), self._read(call, partial(read_step, vocab_size=welcome.vocab_size)), self._watch()]
         if welcome.lease_ns:
             steps.append(self._renew(welcome.lease_ns / 1e9))
@@ -231,7 +232,7 @@ class LinkClient:
         await call.write(message)
 
     async def _raise_status(self, call: Any) -> None:
-        """Raise StatusError with how a call ended, unless it is OK."""
+        """Wait for the end of a call and raise StatusError with its status, unless that is OK."""
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             message = f"{self.address}: {await call.details()}"
@@ -243,11 +244,11 @@ class LinkClient:
                 try:
                     await self._send_frame(call, frame)
                 except grpc.aio.AioRpcError:
-                    # A peer that ends the call while a frame is written: gRPC reports INTERNAL in place of the peer's
-                    # status, which is lost. The next attempt, due at once, tells how the peer is. Not so of the Hello:
-                    # it fails where nobody listens, and gRPC says that.
+                    # If the peer ends the call while a frame is being written, gRPC reports INTERNAL instead of the
+                    # peer's status, which is lost. The next attempt is due at once and will show the peer's state. (A
+                    # Hello is not written here, because it fails if no service listens, which gRPC reports correctly.)
                     raise StatusError.unavailable(f"{self.address} ended the link", retry_after=0.0) from None
-                except asyncio.InvalidStateError:  # the peer ended the call, and the reader was not told yet
+                except asyncio.InvalidStateError:  # the peer ended the call, and the reader has not noticed yet
                     await self._raise_status(call)
                     return
             self._wake.clear()
@@ -266,8 +267,8 @@ class LinkClient:
         while True:
             self._renewal = self._demand()
             self._wake.set()
-            # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes with what it waits for, and this
-            # task would never end, nor the link that has to wait for it.
+            # Not asyncio.wait_for, because in Python 3.11 it loses a cancellation that comes together with the event.
+            # This task, and the link that waits for it, would then never end.
             with suppress(TimeoutError):
                 async with asyncio.timeout(lease / _RENEWALS_PER_LEASE):
                     await self._demand_changed.wait()

@@ -1,7 +1,7 @@
-"""Checks of the frames that a server receives on a link: bytes in, a checked frame or a refusal out.
+"""Parsing and checks of the frames that a server receives on a link.
 
-Both links are read here, so a field means and allows the same on each. Values that only an engine can judge (token ids,
-sampling) are checked by it, and named in the same way.
+The frames of both links are read here, so that a field has the same meaning and limits on each. Values that only an
+engine can check (token ids, sampling) are checked there, with errors that name fields in the same way.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from scalellm.services.common.tracing.headers import LONGEST_STATE, TraceHeaders
 from scalellm.v1 import common_pb2, link_pb2
 
 MAX_SAMPLES = 16
-"""Samples of one request."""
+"""Most samples of one request."""
 
 LONGEST_NS = 10**18
-"""The longest duration on a link, some thirty years: sums of a few, and times of any clock plus one, fit 64 bits."""
+"""Longest duration on a link, in nanoseconds (some thirty years). Sums of a few, or of one and a time, fit into 64
+bits."""
 
 LOWEST_PRIORITY = -100
-"""The number of the most urgent requests."""
+"""Priority of the most urgent requests."""
 
 _PRIORITIES = (LOWEST_PRIORITY, 100)
 _WEIGHTS = (0.01, 100.0)
@@ -34,7 +35,7 @@ _EXECUTION_ID = 16
 
 
 def parse_client_frame(message: bytes) -> link_pb2.ClientFrame:
-    """Read a frame. Raises StatusError, which ends the link, when it is none."""
+    """Parse a frame. Raises StatusError, which ends the link, if it is malformed."""
     try:
         return link_pb2.ClientFrame.FromString(message)
     except DecodeError:
@@ -42,8 +43,8 @@ def parse_client_frame(message: bytes) -> link_pb2.ClientFrame:
 
 
 def read_hello(message: bytes) -> link_pb2.Hello:
-    """Read the first frame of a link. Raises StatusError, which ends the link, when it is not a valid Hello, or is
-    that of a client too old to work with.
+    """Parse the first frame of a link. Raises StatusError, which ends the link, if it is not a valid Hello, or the
+    client's version is too old.
     """
     frame = parse_client_frame(message)
     if frame.WhichOneof("frame") != "hello":
@@ -57,13 +58,13 @@ def read_hello(message: bytes) -> link_pb2.Hello:
 
 
 def tenant_weight(submit: link_pb2.Submit) -> float:
-    """Share of the request's tenant in relation to others; 1 also for a weight that check_submit refuses."""
+    """Return the weight of the request's tenant; 1 if it is not set, or is one that check_submit refuses."""
     weight: float = submit.tenant_weight
     return weight if submit.HasField("tenant_weight") and _is_weight(weight) else 1.0
 
 
 def check_submit(submit: link_pb2.Submit) -> None:
-    """Raise INVALID_ARGUMENT, which ends the request alone, for the first field beyond its limits."""
+    """Raise StatusError INVALID_ARGUMENT, which ends only this request, for the first field beyond its limits."""
     num_tokens = len(submit.token_ids)
     if not num_tokens:
         raise StatusError.invalid("token_ids", "the prompt is empty, at least one token is needed")

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from scalellm.v1 import link_pb2
 
 TokenRun = tuple[int, int, int, list[int]]
-"""A request's handle, the sample's index, tokens of it before these, and the tokens."""
+"""Handle of the request, index of the sample, number of its tokens before these, and the tokens."""
 
 
 def token_runs(step: link_pb2.StepOutput) -> Iterable[TokenRun]:
-    """Return the tokens of a step whose columns agree, as `read_step` makes sure, in their order.
+    """Return the token runs of a step in order. The columns must have equal lengths, which `read_step` has checked.
 
-    One token per run is the frame that matters for speed. Lists: protobuf's own columns make an object per access.
+    A frame with one token per run is the most frequent one, and has a fast path. Columns are converted to lists,
+    because each access to a protobuf column makes an object.
     """
     counts, token_ids = step.counts[:], step.token_ids[:]
     if len(counts) == len(token_ids) and 0 not in counts:

@@ -14,11 +14,11 @@ from scalellm.services.common.tls import TlsFiles, channel_credentials
 
 @dataclass(frozen=True, slots=True)
 class LinkDialer:
-    """Opens connections to other services. Its files are read anew for every connection.
+    """Opens connections to other services. Its files are read again for every connection.
 
     Attributes:
         tls: TLS files; without files: plaintext.
-        tls_name: Name in the peer's certificate, where it is not the address.
+        tls_name: Expected name in the peer's certificate, if it is not the address.
         token_file: File with the link token.
     """
 
@@ -41,7 +41,7 @@ class LinkDialer:
         return (("authorization", f"Bearer {read_token(self.token_file)}"),)
 
     def check(self) -> None:
-        """Raise ConfigFileError for files with which no connection can come about."""
+        """Raise ConfigFileError if the files cannot be used for a connection."""
         self.metadata()
         channel_credentials(self.tls)
 

@@ -1,4 +1,4 @@
-"""The numbers that stand for requests on one link, as its upstream end gives them out."""
+"""Handles, the numbers of requests on one link, which its upstream end assigns."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ _MAX_HANDLE = 2**32 - 1
 class Handles(Generic[RequestT]):
     """The requests of one connection by their handles.
 
-    A handle is taken from its Submit to its Finish, also when the request is released before: what still comes for it
-    must not meet another request.
+    A handle is in use from its Submit to its Finish, even if the request is released before, so that later results for
+    it cannot reach another request.
 
     Attributes:
-        requests: Those that still want what comes for them, by their handles.
-        get: Returns the request that still wants what comes for a handle; None where there is none.
+        requests: The requests that were not released, by handle.
+        get: Returns the request of a handle; None if there is none, or it was released.
     """
 
     def __init__(self) -> None:
         self._requests: dict[int, RequestT] = {}
         self.requests: Mapping[int, RequestT] = self._requests
-        # The dictionary's own method: a call of ours, once per token, would cost more than the look-up.
+        # The dictionary's own method, because a Python call per token would cost more than the look-up.
         self.get: Callable[[int], RequestT | None] = self._requests.get
         self._released: set[int] = set()
         self._last = 0
 
     def __len__(self) -> int:
-        """Handles whose Finish has not come."""
+        """Return the number of handles whose Finish has not arrived."""
         return len(self._requests) + len(self._released)
 
     def take(self, request: RequestT) -> int:
-        """A free handle for a request."""
+        """Assign a free handle to a request."""
         while True:
             self._last = self._last % _MAX_HANDLE + 1
             if self._last not in self._requests and self._last not in self._released:
@@ -42,17 +42,17 @@ class Handles(Generic[RequestT]):
                 return self._last
 
     def release(self, handle: int) -> None:
-        """The request wants nothing more; its Finish is still to come."""
+        """Release a request that wants no more results, although its Finish has not arrived."""
         del self._requests[handle]
         self._released.add(handle)
 
     def finish(self, handle: int) -> RequestT | None:
-        """A Finish came: the handle is free. Returns the request if that was not released."""
+        """Free a handle whose Finish has arrived. Returns its request if that was not released."""
         self._released.discard(handle)
         return self._requests.pop(handle, None)
 
     def clear(self) -> list[RequestT]:
-        """The connection is gone, and all handles with it. Returns the requests that were not released."""
+        """Free all handles, after the connection was lost. Returns the requests that were not released."""
         requests = list(self._requests.values())
         self._requests.clear()
         self._released.clear()

@@ -1,4 +1,4 @@
-"""The properties that servers of one kind must have in common for a request to move between them."""
+"""The model's properties that must be equal for a request to move from one server to another."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ModelIdentity(NamedTuple):
 
     @classmethod
     def of(cls, welcome: link_pb2.Welcome) -> ModelIdentity:
-        """The model that a Welcome speaks of."""
+        """Return the model of a Welcome."""
         return cls(welcome.model, welcome.tokenizer_sha256, welcome.vocab_size)
 
     def differences(self, other: ModelIdentity) -> str:
-        """The names of what differs, such as `model and vocab_size`."""
+        """Return the names of the properties that differ, such as `model and vocab_size`."""
         return " and ".join(name for name, a, b in zip(self._fields, self, other, strict=True) if a != b)

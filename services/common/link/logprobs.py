@@ -1,4 +1,4 @@
-"""Parts of log-probabilities, which lie in columns: some per token, some per token and alternative."""
+"""Slices of log-probabilities, which are columns, some with an entry per token, some per token and alternative."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from scalellm.v1 import common_pb2, link_pb2
 
 
 def cut_logprobs(values: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
-    """Return the entries of the tokens `[start, stop)`; of all of them, the very object."""
+    """Return the entries of the tokens `[start, stop)`; for all tokens, the same object."""
     if start == 0 and stop >= len(values.logprobs):
         return values
     return copy_logprobs(values, start, stop)
 
 
 def copy_logprobs(values: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
-    """Return a copy of the entries of the tokens `[start, stop)`, which stays as it is when `values` grow."""
+    """Return a copy of the entries of the tokens `[start, stop)`, independent of later changes to `values`."""
     top = slice(start * values.num_top, stop * values.num_top)
     return common_pb2.TokenLogprobs(
         logprobs=values.logprobs[start:stop],
@@ -24,7 +24,7 @@ def copy_logprobs(values: common_pb2.TokenLogprobs, start: int, stop: int) -> co
 
 
 def skip_logprobs(entry: link_pb2.LinkLogprobs, offset: int) -> None:
-    """Drop the values of tokens before `offset`; without effect where the entry begins later."""
+    """Drop the values of tokens before `offset`. Does nothing if the entry begins later."""
     count = offset - entry.offset
     if count > 0:
         entry.values.CopyFrom(cut_logprobs(entry.values, count, len(entry.values.logprobs)))

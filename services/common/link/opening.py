@@ -1,4 +1,4 @@
-"""The opening of a link by its server: the first frame in time, one tokenizer on both sides, the lease of requests."""
+"""The opening of a link at its server: time limit of the first frame, comparison of tokenizers, and the lease."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HELLO_LIMIT = 10.0
 
 
 async def first_frame(frames: AsyncIterator[bytes]) -> bytes:
-    """Return a new link's first frame. Raises StatusError when there is none, or none in time."""
+    """Return a new link's first frame. Raises StatusError if none comes in time."""
     try:
         async with asyncio.timeout(_HELLO_LIMIT):
             return await anext(frames)
@@ -27,7 +27,7 @@ async def first_frame(frames: AsyncIterator[bytes]) -> bytes:
 
 
 def check_tokenizer(hello: link_pb2.Hello, welcome: link_pb2.Welcome) -> None:
-    """Raise FAILED_PRECONDITION where the client said which tokenizer it has, and that is not the model's."""
+    """Raise StatusError FAILED_PRECONDITION if the client states its tokenizer, and it is not the model's."""
     if hello.tokenizer_sha256 and hello.tokenizer_sha256 != welcome.tokenizer_sha256:
         served, own = welcome.tokenizer_sha256.hex()[:12] or "(unknown)", hello.tokenizer_sha256.hex()[:12]
         raise StatusError(
@@ -39,5 +39,5 @@ def check_tokenizer(hello: link_pb2.Hello, welcome: link_pb2.Welcome) -> None:
 
 
 def lease_of(hello: link_pb2.Hello, lease: float) -> float | None:
-    """The lease of a link, in seconds; None for a client of a version that does not renew."""
+    """Return the lease of a link, in seconds; None for a client whose version does not renew leases."""
     return lease if hello.api_minor >= LEASES_SINCE else None

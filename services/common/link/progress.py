@@ -1,4 +1,4 @@
-"""Progress of a request over all links on which it was tried: each token and log-probability counts once."""
+"""Progress of a request over all links on which it ran, in which each token and log-probability counts once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ class ProgressError(Exception):
 
 
 class RequestProgress:
-    """Everything received for one request. A move replays it, and it drops whatever arrives twice.
+    """The tokens and ends received for one request. They are sent along when the request moves, and repeated ones are
+    dropped.
 
     Args:
         num_samples: Samples of the request.
         num_prompt_tokens: Tokens of its prompt.
 
     Attributes:
-        tokens: All tokens that came, by sample. Whoever knows that some follow may append them.
-        num_logprobs: Number of them that have log-probabilities, by sample.
+        tokens: All received tokens, by sample. A fast path may append tokens that it has checked itself.
+        num_logprobs: Number of tokens with log-probabilities, by sample.
         ended: Finish reason of each sample; FINISH_REASON_UNSPECIFIED while it runs.
-        num_prompt_logprobs: Tokens of the prompt whose log-probabilities came.
+        num_prompt_logprobs: Number of prompt tokens whose log-probabilities were received.
     """
 
     __slots__ = ("ended", "num_logprobs", "num_prompt_logprobs", "num_prompt_tokens", "tokens")
@@ -37,7 +38,7 @@ class RequestProgress:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all samples."""
+        """Number of tokens of all samples."""
         return sum(map(len, self.tokens))
 
     @property
@@ -46,7 +47,9 @@ class RequestProgress:
         return all(self.ended)
 
     def add_tokens(self, index: int, offset: int, token_ids: list[int]) -> list[int]:
-        """Take tokens of a sample and return those that are new. Raises ProgressError."""
+        """Add tokens of a sample from index `offset` on. Returns those that are new. Raises ProgressError if some are
+        missing.
+        """
         if index >= len(self.tokens):
             raise _unknown(index)
         tokens = self.tokens[index]
@@ -58,7 +61,8 @@ class RequestProgress:
         return new
 
     def add_logprobs(self, entry: link_pb2.LinkLogprobs) -> bool:
-        """Take log-probabilities of a sample and cut off what had come. Returns whether any are new.
+        """Add log-probabilities of a sample, and drop those in `entry` that were received before. Returns whether any
+        are new.
 
         Raises ProgressError.
         """
@@ -75,7 +79,8 @@ class RequestProgress:
         return True
 
     def add_prompt_logprobs(self, entry: link_pb2.LinkLogprobs) -> bool:
-        """Take log-probabilities of the prompt and cut off what had come. Returns whether any are new.
+        """Add log-probabilities of the prompt, and drop those in `entry` that were received before. Returns whether any
+        are new.
 
         Raises ProgressError.
         """
@@ -91,7 +96,7 @@ class RequestProgress:
         return True
 
     def end_sample(self, index: int, reason: common_pb2.FinishReason) -> bool:
-        """A sample ended. Returns False where that was known. Raises ProgressError."""
+        """Record the end of a sample. Returns False if it had ended before. Raises ProgressError."""
         if index >= len(self.tokens):
             raise _unknown(index)
         if self.ended[index]:
@@ -100,17 +105,17 @@ class RequestProgress:
         return True
 
     def start_at(self, samples: Iterable[link_pb2.ResumedSample]) -> None:
-        """Begin with what the upstream side has had already."""
+        """Start with the tokens that the upstream side has already."""
         for sample in samples:
             self.tokens[sample.index] += sample.token_ids
             self.num_logprobs[sample.index] = len(sample.token_ids)
             self.ended[sample.index] = sample.finished
 
     def resume(self, submit: link_pb2.Submit) -> None:
-        """Make `submit` go on from here.
+        """Set `resumed` in `submit`, so that it continues from here.
 
-        Tokens whose log-probabilities are missing, where those were asked for, are left out and so computed again; they
-        are the same again. Log-probabilities of the prompt that have all come are not asked for again.
+        If log-probabilities were requested, tokens without them are left out and computed again, with the same result.
+        Log-probabilities of the prompt are not requested again if all were received.
         """
         sampling = submit.sampling
         needs_logprobs = sampling.HasField("logprobs")

@@ -12,9 +12,9 @@ from scalellm.services.common.guarded import guarded
 def link_service_handler(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
     """Serve `service` with the methods of `servicer`, which carry the RPCs' names.
 
-    A bidirectional method is a link and deals in bytes both ways: its frames are serialised once, by whoever makes
-    them, and merged as bytes. The other methods get and return messages, or write them to the context. All of them
-    raise StatusError for every outcome but OK.
+    A bidirectional method is a link, which reads and writes bytes: its frames are serialised once, where they are made,
+    and merged as bytes. Other methods get and return messages, or write them to the context. All raise StatusError for
+    every outcome but OK.
     """
     handlers = {}
     for method in service.methods:

@@ -13,34 +13,34 @@ from scalellm.services.common.link.traffic import LinkTraffic
 from scalellm.services.common.silence import until_silent
 from scalellm.v1 import link_pb2
 
-# Far below gRPC's limit on a message, which would break the link of a reader that was slow for long.
+# Far below gRPC's limit of a message, which would break the link of a reader that was slow for long.
 _MERGE_BYTES = 1 << 20
 
 _MOST_UNREAD = 16
-"""Frames that are written and that the reader has not taken. What the transport holds is out of reach: small frames lay
-there for seconds, each read by itself, before a busy reader saw the last one."""
+"""Most written frames that the reader has not acknowledged. Frames in the transport can no longer be merged: without
+this limit, thousands of small ones waited there for seconds before a busy reader saw the last one."""
 
 _TAKEN_TAG = b"\x2a"
-"""First byte of a frame that says `taken`: that field's number, and that its length follows."""
+"""First byte of a serialised frame with `taken`: the field's number and wire type."""
 
 
 class FrameWriter(Protocol):
     """The methods of a gRPC context that a link uses."""
 
     async def write(self, message: bytes) -> None:
-        """Send one message; returns when the transport took it."""
+        """Send one message. Returns once the transport has accepted it."""
 
 
 class ServerLink:
-    """One link of an upstream process.
+    """The downstream end of one link.
 
-    Frames are serialised `ServerFrame` messages. While the reader is slow they pile up here as bytes and leave merged,
-    about a megabyte at a time: concatenated protobuf messages parse as their merge, and StepOutput is made to be
-    merged. So a slow reader costs memory bounded by the tokens of its own requests, never holds up the step loop, and
-    has fewer frames to read the slower it is. A reader counts as slow when it has not taken the last few frames.
+    Frames are serialised `ServerFrame` messages. While the reader is slow they accumulate here as bytes and are sent
+    merged, about a megabyte at a time: concatenated protobuf messages parse as their merge, and StepOutput is designed
+    for that. So a slow reader costs memory bounded by the tokens of its own requests, never blocks the step loop, and
+    has the fewer frames to read the slower it is. A reader is slow if it has not acknowledged the last few frames.
 
     Args:
-        traffic: Counts what passes; default: an object of its own.
+        traffic: Counts messages and bytes; default: a new object.
     """
 
     def __init__(self, traffic: LinkTraffic | None = None) -> None:
@@ -50,7 +50,7 @@ class ServerLink:
         self._closed = False
         self._num_received = 0
         self._num_written = 0
-        self._num_taken: int | None = None  # until the reader says: it may be of a version that does not
+        self._num_taken: int | None = None  # None until the first acknowledgement, since an older client sends none
 
     @property
     def is_closed(self) -> bool:
@@ -58,13 +58,13 @@ class ServerLink:
         return self._closed
 
     def send(self, frame: bytes) -> None:
-        """Queue a frame with a StepOutput; never blocks."""
+        """Queue a frame with a StepOutput, without blocking."""
         if not self._closed:
             self._pending.append(frame)
             self._wake.set()
 
     def close(self) -> None:
-        """End the link once what is pending has been written."""
+        """End the link once the pending frames have been written."""
         self._closed = True
         self._wake.set()
 
@@ -82,12 +82,13 @@ class ServerLink:
             welcome: Serialised ServerFrame with the Welcome; written first and alone.
             frames: The client's frames after its Hello.
             writer: The gRPC context.
-            on_frame: Called for each client frame; what it raises ends the link.
-            lease: Seconds without a client frame after which the link ends with UNAVAILABLE, be it that the client
-                hangs or that its connection is half open; the client is told, and renews. None = it does not renew.
+            on_frame: Called for each client frame. An exception ends the link.
+            lease: Seconds without a client frame after which the link ends with UNAVAILABLE, because the client hangs
+                or its connection is half open. The Welcome states it, and the client renews it. None = the client's
+                version does not renew leases.
         """
         told = link_pb2.Welcome(counts_frames=True, lease_ns=int(lease * 1e9) if lease is not None else 0)
-        welcome += link_pb2.ServerFrame(welcome=told).SerializeToString()  # merged by whoever parses it
+        welcome += link_pb2.ServerFrame(welcome=told).SerializeToString()  # the parser merges the two
         try:
             self._traffic.on_sent(welcome)
             await writer.write(welcome)
@@ -112,8 +113,8 @@ class ServerLink:
                 task.result()
         finally:
             self._closed = True
-            # Not cancelled: a message that comes for a read that gRPC has under way, and nobody waits for, is never
-            # freed. The read ends with the call, which is over once this returns.
+            # The reading task is not cancelled, because gRPC never frees a message that arrives for an abandoned read.
+            # The read ends with the call, which is over once this returns.
             reading.add_done_callback(_take_result)
             for task in others:
                 task.cancel()
@@ -129,7 +130,9 @@ class ServerLink:
                 on_frame(frame)
 
     def _is_count(self, frame: bytes) -> bool:
-        """Take note of what the reader has taken, if the frame says so. Raises StatusError, which ends the link."""
+        """Handle a frame that acknowledges frames (`taken`). Returns False for any other frame. Raises StatusError,
+        which ends the link.
+        """
         if not frame.startswith(_TAKEN_TAG):
             return False
         parsed = parse_client_frame(frame)
@@ -144,7 +147,7 @@ class ServerLink:
 
     @property
     def _may_write(self) -> bool:
-        """True if the reader has taken enough of what was written; it is not waited for at the end of the link."""
+        """True if few enough frames are unacknowledged. At the end of the link acknowledgements are not waited for."""
         return self._closed or self._num_taken is None or self._num_written - self._num_taken < _MOST_UNREAD
 
     async def _watch(self, lease: float) -> None:
@@ -172,6 +175,6 @@ class ServerLink:
 
 
 def _take_result(task: asyncio.Task[None]) -> None:
-    """Take how a task ended that nobody waits for, of which asyncio would complain."""
+    """Retrieve the exception of a task that nothing awaits, because asyncio would log it otherwise."""
     if not task.cancelled():
         task.exception()

@@ -1,4 +1,4 @@
-"""Checks of the frames that a client receives on a link: bytes in, a checked frame or StatusError out."""
+"""Parsing and checks of the frames that a client receives on a link."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _LONGEST_NAME = 1024
 
 
 def read_welcome(message: bytes) -> link_pb2.Welcome:
-    """Read the first frame of a link. Raises StatusError when it is not a Welcome of a model that can be served, or is
-    that of a peer too old to work with.
+    """Parse the first frame of a link. Raises StatusError if it is not a Welcome of a model that can be served, or the
+    peer's version is too old.
     """
     frame = _parse(message)
     if frame.WhichOneof("frame") != "welcome":
@@ -40,12 +40,12 @@ def read_welcome(message: bytes) -> link_pb2.Welcome:
 
 
 def read_step(message: bytes, vocab_size: int) -> link_pb2.StepOutput:
-    """Read a frame after the first one. Raises StatusError when a part of it cannot be told from another, or has no
-    meaning. Which requests there are, and which tokens are next, is known to who sent them off, and checked there.
+    """Parse a later frame. Raises StatusError if its columns do not match, or a value is invalid. Checks that depend on
+    the requests (handles, offsets of tokens) are the caller's.
 
     Args:
         message: The message.
-        vocab_size: That of the link's Welcome.
+        vocab_size: The `vocab_size` of the link's Welcome.
     """
     frame = _parse(message)
     if frame.WhichOneof("frame") != "step":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class LinkTraffic:
-    """Messages and their bytes since start; frames that were merged count as one. Links of one kind may share it."""
+    """Counts of messages and bytes since start. Merged frames count as one. Links of one kind may share an object."""
 
     frames_sent: int = 0
     bytes_sent: int = 0
@@ -15,18 +15,18 @@ class LinkTraffic:
     bytes_received: int = 0
 
     def on_sent(self, message: bytes) -> None:
-        """A message was handed to the transport."""
+        """Count a message that was passed to the transport."""
         self.frames_sent += 1
         self.bytes_sent += len(message)
 
     def add(self, other: LinkTraffic) -> None:
-        """Count what went over other links as well."""
+        """Add the counts of other links."""
         self.frames_sent += other.frames_sent
         self.bytes_sent += other.bytes_sent
         self.frames_received += other.frames_received
         self.bytes_received += other.bytes_received
 
     def on_received(self, message: bytes) -> None:
-        """A message came."""
+        """Count a received message."""
         self.frames_received += 1
         self.bytes_received += len(message)

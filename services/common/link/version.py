@@ -1,4 +1,4 @@
-"""The minor version of the links' protocol, and which other ones a service works with."""
+"""The minor version of the links' protocol, and the versions that a service is compatible with."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import grpc
 from scalellm.services.common.errors import StatusError
 
 API_MINOR = 2
-"""Minor version of this service. It rises with each change that a peer must know of before it may be used."""
+"""Minor version of this service. It rises with each change that may be used only with peers that support it."""
 
 LEASES_SINCE = 2
-"""The version whose upstream sides renew leases."""
+"""First version whose upstream sides renew leases."""
 
 MOVES_SINCE = 2
-"""The version whose downstream sides give requests back."""
+"""First version whose downstream sides give requests back (ABORT_REASON_MOVE)."""
 
 _OLDEST = API_MINOR - 1
-"""The oldest peer that this service works with. What a newer one cannot work with, that one refuses: it knows this
-version, and this service does not know its."""
+"""Oldest version of a peer that this service accepts. Of two versions the newer one decides, because it knows the older
+one."""
 
 
 def check_api_minor(field: str, minor: int) -> None:
-    """Raise FAILED_PRECONDITION when the peer, which speaks `minor`, is too old for this service."""
+    """Raise StatusError FAILED_PRECONDITION if the peer's version, `minor`, is too old for this service."""
     if minor < _OLDEST:
         raise StatusError(
             grpc.StatusCode.FAILED_PRECONDITION,

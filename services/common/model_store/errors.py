@@ -6,4 +6,4 @@ class ModelStoreError(Exception):
 
 
 class UnknownModelError(ModelStoreError):
-    """A name or path is no model's: trying again does not help."""
+    """A name or path does not belong to a model, so that a retry does not help."""

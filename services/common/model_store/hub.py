@@ -61,7 +61,7 @@ class HubModel:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """The files of a repository that make up a model, and the one that stands for it: its first GGUF file, or none."""
+    """The files of a repository that make up a model, and its first GGUF file, if it has any."""
 
     names: tuple[str, ...]
     first: str = ""
@@ -80,18 +80,18 @@ def find_cached(model: HubModel) -> Path | None:
 
 
 def pull_from_hub(model: HubModel, on_bytes: Callable[[int, int], None]) -> Path:
-    """Fetch a model, or what is missing of it, and return its folder or its GGUF file.
+    """Fetch a model, or its missing files, and return its folder or its GGUF file.
 
-    Where a connection breaks the file goes on, and a pull that ended keeps the files that were whole. Where the Hub
-    cannot be reached, what was fetched before is used.
+    After a broken connection a file is continued, and files that were complete when a pull ended are kept. If the Hub
+    cannot be reached, an earlier copy is used.
 
     Args:
         model: The model.
-        on_bytes: Called several times a second with the bytes that are here and those of the whole model.
+        on_bytes: Called several times a second with the bytes fetched so far and those of the whole model.
 
     Raises:
-        UnknownModelError: There is no such repository, revision or file.
-        ModelStoreError: It cannot be reached, or may not be read, or there is no space.
+        UnknownModelError: The repository, revision or file does not exist.
+        ModelStoreError: The Hub cannot be reached, the repository may not be read, or there is not enough space.
     """
     try:
         return _pull(model, on_bytes)
@@ -175,7 +175,7 @@ def _repo_folder(model: HubModel) -> Path:
 
 
 def _snapshot(model: HubModel) -> Path | None:
-    """The folder of the revision that was fetched last."""
+    """Return the folder of the revision that was fetched last."""
     folder = _repo_folder(model)
     commit = model.revision
     if not _COMMIT.fullmatch(commit):
@@ -192,7 +192,7 @@ def _names(snapshot: Path) -> list[str]:
 
 
 def _choose(model: HubModel, names: Sequence[str]) -> _Files:
-    """Return the files of a repository that are fetched. Raises UnknownModelError where there is nothing to serve."""
+    """Return the files of a repository to fetch. Raises UnknownModelError if it has no model that can be served."""
     sets = _gguf_sets(names)
     if not model.choice and "config.json" in names and any(_is_weights(name) for name in names):
         return _Files((*filter(_belongs, names), *filter(_is_weights, names)))
@@ -216,7 +216,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _belongs(name: str) -> bool:
-    """True if a file beside safetensors is one that edge or executor may read."""
+    """True if a file beside the safetensors may be read by edge or executor."""
     parts = name.split("/")
     if len(parts) == 2 and parts[0] == "additional_chat_templates":
         return name.endswith(".jinja")
@@ -224,7 +224,9 @@ def _belongs(name: str) -> bool:
 
 
 def _gguf_sets(names: Sequence[str]) -> dict[str, list[str]]:
-    """The GGUF models of a repository by name: files, or the parts of one in their order. Projectors are none."""
+    """Return the GGUF models of a repository by name, each as its file or its parts in order. Projectors are
+    left out.
+    """
     sets: dict[str, list[str]] = {}
     for name in sorted(names):
         if name.lower().endswith(".gguf") and not PurePosixPath(name).name.startswith("mmproj"):
@@ -251,7 +253,9 @@ def _label(parts: Sequence[str]) -> str:
 
 
 def _is_whole(files: _Files, snapshot: Path) -> bool:
-    """True if all parts of a model are here; small files are fetched before the large ones, and so are here as well."""
+    """True if all weights of a model were fetched. Small files were fetched before them, and so are complete
+    as well.
+    """
     if split := split_name(files.first):
         return len(files.names) == split[2]
     if files.first:
@@ -274,7 +278,7 @@ def _size(files: _Files, snapshot: Path) -> int:
 
 
 def _bytes_here(blobs: Path, sizes: dict[str, int]) -> int:
-    """Bytes of the wanted files, whole or in part; parts of a file have its name and an ending."""
+    """Return the bytes fetched of the wanted files. Incomplete files have the file's name and a suffix."""
     here = dict.fromkeys(sizes, 0)
     try:
         entries = list(os.scandir(blobs))
@@ -285,7 +289,7 @@ def _bytes_here(blobs: Path, sizes: dict[str, int]) -> int:
         if etag in here:
             try:
                 here[etag] = max(here[etag], min(entry.stat().st_size, sizes[etag]))
-            except FileNotFoundError:  # it was moved into place meanwhile
+            except FileNotFoundError:  # it has just been moved into place
                 continue
     return sum(here.values())
 
@@ -310,7 +314,7 @@ def _polling(call: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _explained(model: HubModel) -> Iterator[None]:
-    """Turn what the library raises into one line that says what to do."""
+    """Turn the library's exceptions into ModelStoreErrors, whose one line says what to do."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{model.repo}"

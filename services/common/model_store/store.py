@@ -128,7 +128,7 @@ def name_of(name_or_path: str, *, catalogue: Mapping[str, CatalogueModel] = CATA
 def remove(name: str, home: Path, *, catalogue: Mapping[str, CatalogueModel] = CATALOGUE) -> int | None:
     """Remove a model that was pulled; one of the Hub with all its revisions and files.
 
-    Returns the bytes freed, None where it was not here. Raises UnknownModelError for what is no such name, and
+    Returns the bytes freed, None if it was not here. Raises UnknownModelError for an unknown name, and
     ModelStoreError.
     """
     if name in catalogue:

@@ -1,7 +1,7 @@
-"""Traces of requests across the services, off unless there is a place to export them to.
+"""Traces of requests across the services, which are on if an exporter is configured.
 
-A request's spans are made at its end, from the times that were measured anyway; while it runs there are only those that
-others hang theirs under. Below the edge a request is traced if and only if its Submit says so.
+Most spans of a request are made at its end, from times that are measured anyway; only spans with children in other
+services are begun while it runs. Below the edge a request is traced if and only if its Submit says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["TraceHeaders", "open_tracer"]
 
 @contextmanager
 def open_tracer(service: str, settings: ServiceSettings, sample_ratio: float = 0.0) -> Iterator[Tracer | None]:
-    """Make and export a service's spans; None when traces are off. The remaining spans are exported at the end.
+    """Context with a service's tracer; None if traces are off. The remaining spans are exported at its end.
 
     Args:
         service: Name of the service.

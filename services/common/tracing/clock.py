@@ -1,4 +1,4 @@
-"""From monotonic time, which services measure with, to the wall clock, which spans are dated with."""
+"""Conversion of monotonic time, which services measure, to wall-clock time, which spans need."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _STEP_NS = 1_000_000
 
 
 class WallClock:
-    """Dates monotonic times.
+    """Converts monotonic times to Unix times.
 
-    On one host all processes arrive at the same dates: adjusting the clock's rate moves both clocks alike, so their
-    distance changes only when the wall clock is set. Between hosts dates differ as much as their wall clocks do.
+    All processes of a host get the same results, because an adjustment of the clock's rate changes both clocks equally,
+    so that their distance changes only when the wall clock is set. Between hosts, results differ as the wall clocks do.
 
     Args:
         wall: Unix time in nanoseconds.
@@ -28,13 +28,16 @@ class WallClock:
         self._offset = self._measure()
 
     def offset(self) -> int:
-        """Nanoseconds to add to a monotonic time now. Looked up once per request, so that its spans stay together."""
-        if abs(self._wall() - self._monotonic() - self._offset) > _STEP_NS:  # it was set, or we were interrupted here
+        """Return the nanoseconds to add to a monotonic time. Called once per request, so that its spans are
+        consistent.
+        """
+        # the clock was set, or this thread was interrupted between the two calls
+        if abs(self._wall() - self._monotonic() - self._offset) > _STEP_NS:
             self._offset = self._measure()
         return self._offset
 
     def _measure(self) -> int:
-        """The distance between the clocks, from the attempt that was least interrupted."""
+        """Return the distance of the clocks, from the attempt with the shortest interruption."""
         best, narrowest = 0, 0
         for attempt in range(_TRIES):
             before = self._monotonic()

@@ -1,4 +1,4 @@
-"""Export of spans to an OTLP collector or a file, always on a thread of its own, never on a request's way."""
+"""Export of spans to an OTLP collector or a file, in a thread of its own, so that no request waits for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scalellm.services.common.lifecycle import StartError
 _log = logging.getLogger(__name__)
 
 _EXPORT_LIMIT = 5.0
-"""Seconds that one batch may take, attempts and pauses between them included."""
+"""Most seconds for the export of one batch, retries and pauses included."""
 
 _QUEUE_SPANS = 8192
 _EXPORT_DELAY_MS = 1000.0
@@ -45,7 +45,7 @@ class FileExporter(SpanExporter):
             raise StartError(f"cannot write {path}: {error.strerror}; choose another --trace-file") from None
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Write one line."""
+        """Write the spans as one line."""
         request = MessageToDict(encode_spans(spans), use_integers_for_enums=True)
         for resource in request["resourceSpans"]:
             for scope in resource["scopeSpans"]:
@@ -60,22 +60,22 @@ class FileExporter(SpanExporter):
 
 
 def _spell_ids(span: dict[str, Any]) -> None:
-    """OTLP's JSON has ids in hexadecimal, where protobuf's has bytes in base64."""
+    """Convert a span's ids to hexadecimal for OTLP's JSON; protobuf's JSON has them in base64."""
     for name in _IDS:
         if name in span:
             span[name] = base64.b64decode(span[name]).hex()
 
 
 class ReportingExporter(SpanExporter):
-    """Says once that spans cannot be exported, and once that they can again, with how many were lost.
+    """Logs once that spans cannot be exported, and once that they can be again, with the number of lost ones.
 
     Args:
         exporter: The exporter.
         target: Name of the exporter's target.
 
     Attributes:
-        num_taken: Spans that came to be exported.
-        num_failed: Number of the spans that were lost.
+        num_taken: Number of spans that were passed to the exporter.
+        num_failed: Number of spans whose export failed.
     """
 
     def __init__(self, exporter: SpanExporter, target: str) -> None:
@@ -87,7 +87,7 @@ class ReportingExporter(SpanExporter):
         self.num_failed = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Pass a batch on; what fails is lost."""
+        """Export a batch. If that fails its spans are lost."""
         self.num_taken += len(spans)
         try:
             result, why = self._exporter.export(spans), "no collector takes them there"
@@ -105,20 +105,20 @@ class ReportingExporter(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """End the export that is under way."""
+        """End the export in progress."""
         if not self._closed:
             self._closed = True
             self._exporter.shutdown()
 
 
 class BoundedProcessor(BatchSpanProcessor):
-    """Keeps spans until they are exported; counts those that find no room, which OpenTelemetry only logs.
+    """Queues spans for the export, and counts those for which the queue has no room; OpenTelemetry only logs these.
 
     Args:
-        exporter: Takes them, on a thread of its own.
+        exporter: Exports the spans, in a thread of its own.
 
     Attributes:
-        num_refused: Spans that found no room. Changed by one thread, that of the event loop.
+        num_refused: Number of spans for which there was no room. Changed only by the thread of the event loop.
     """
 
     def __init__(self, exporter: ReportingExporter) -> None:
@@ -128,7 +128,7 @@ class BoundedProcessor(BatchSpanProcessor):
         self._num_kept = 0
 
     def on_end(self, span: ReadableSpan) -> None:
-        """A span ended."""
+        """Queue a span that ended."""
         if self._num_kept - self.exporter.num_taken >= _QUEUE_SPANS:
             if not self.num_refused:
                 _log.warning("traces come faster than they are exported; spans that find no room are lost")
@@ -139,12 +139,14 @@ class BoundedProcessor(BatchSpanProcessor):
 
 
 def otlp_exporter(endpoint: str) -> ReportingExporter:
-    """To a collector, by OTLP/gRPC. Headers, certificates and compression come from OTEL_EXPORTER_OTLP_*."""
-    # It would tell of every attempt; see ReportingExporter.
+    """Make an exporter to a collector, by OTLP/gRPC. Headers, certificates and compression come from
+    OTEL_EXPORTER_OTLP_*.
+    """
+    # OpenTelemetry would log every attempt; ReportingExporter logs changes instead.
     logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").setLevel(logging.CRITICAL)
     return ReportingExporter(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_LIMIT), endpoint)
 
 
 def file_exporter(path: Path) -> ReportingExporter:
-    """To a file. Raises StartError."""
+    """Make an exporter to a file. Raises StartError."""
     return ReportingExporter(FileExporter(path), str(path))

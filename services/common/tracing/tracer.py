@@ -1,4 +1,4 @@
-"""Spans on OpenTelemetry's SDK, with times and statuses as our services have them."""
+"""Spans on OpenTelemetry's SDK, with monotonic times and gRPC statuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KINDS = {
     "internal": trace.SpanKind.INTERNAL,
 }
 _FLUSH_LIMIT = 2.0
-"""Seconds that the last spans get at the end of the process."""
+"""Most seconds for the export of the last spans at the end of the process."""
 
 # OpenTelemetry's conventions for gRPC: on a server these codes are its failures; the others are answers to the client.
 _SERVER_ERRORS = frozenset(
@@ -51,7 +51,8 @@ _SERVER_ERRORS = frozenset(
 class Tracer:
     """Begins spans, and exports those that have ended, in the background.
 
-    When the exporter falls behind, spans are dropped: a dead collector costs memory for a few thousand spans, no time.
+    If the exporter falls behind, spans are dropped, so a dead collector costs memory for a few thousand spans, but no
+    time.
 
     Args:
         service: Name of the service.
@@ -86,12 +87,12 @@ class Tracer:
     def begin(
         self, name: str, headers: TraceHeaders, at: int, *, kind: Kind = "server", attributes: Attributes | None = None
     ) -> Span | None:
-        """Begin the topmost span of this process for a request. None when the request is not traced.
+        """Begin the topmost span of this process for a request. Returns None if the request is not traced.
 
         Args:
             name: Name of the span.
             headers: Headers of the request.
-            at: Time at which it came, in monotonic nanoseconds.
+            at: Time of the request's arrival, in monotonic nanoseconds.
             kind: Kind of the span.
             attributes: Attributes of the span.
         """
@@ -107,23 +108,23 @@ class Tracer:
         return Span(self, span, parent.offset)
 
     def headers(self, span: Span) -> TraceHeaders:
-        """Headers to send along so that others hang their spans under this one."""
+        """Return the headers by which other services make their spans children of this one."""
         carrier: dict[str, str] = {}
         self._propagator.inject(carrier, trace.set_span_in_context(span.span, Context()))
         return TraceHeaders(**carrier)
 
     @property
     def num_refused(self) -> int:
-        """Spans that were lost because too many waited to be exported."""
+        """Number of spans that were lost because the queue was full."""
         return sum(processor.num_refused for processor in self._processors)
 
     @property
     def num_failed(self) -> int:
-        """Spans that were lost because exporting them failed."""
+        """Number of spans whose export failed."""
         return sum(processor.exporter.num_failed for processor in self._processors)
 
     def close(self) -> None:
-        """Export what is left, for a few seconds at most."""
+        """Export the remaining spans, within a few seconds."""
         flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
         flushing.start()
         flushing.join(_FLUSH_LIMIT)
@@ -133,12 +134,12 @@ class Tracer:
 
 
 class Span:
-    """A span that is recorded. All times are monotonic nanoseconds of this host.
+    """A recorded span. All times are monotonic nanoseconds of this host.
 
     Args:
         tracer: The tracer that made it.
-        span: OpenTelemetry's.
-        offset: From monotonic time to Unix time.
+        span: OpenTelemetry's span.
+        offset: Nanoseconds to add to monotonic times to get Unix times.
     """
 
     def __init__(self, tracer: Tracer, span: trace.Span, offset: int) -> None:
@@ -157,23 +158,23 @@ class Span:
         return self._tracer.begin_child(self, name, at, kind, attributes)
 
     def add(self, name: str, start: int, end: int, attributes: Attributes | None = None) -> None:
-        """Record a part of this span that is over."""
+        """Record a child span that has ended."""
         self.begin(name, start, attributes=attributes).end(end)
 
     def event(self, name: str, at: int, attributes: Attributes | None = None) -> None:
-        """Record a moment."""
+        """Record an event at a moment."""
         self.span.add_event(name, attributes, timestamp=at + self.offset)
 
     def set(self, attributes: Attributes) -> None:
-        """Record what is known by now."""
+        """Set attributes."""
         self.span.set_attributes(attributes)
 
     def end(self, at: int, code: grpc.StatusCode | None = None, message: str = "") -> None:
-        """End it.
+        """End the span.
 
         Args:
             at: Time, in monotonic nanoseconds.
-            code: Status of its request; None = the span is not about a request.
+            code: Status of its request; None = the span does not belong to a request.
             message: The reason, unless the code is OK.
         """
         if code is not None:
