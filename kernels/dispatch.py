@@ -52,7 +52,7 @@ Backend = Literal["torch", "triton", "cpp"]
 
 @dataclass(frozen=True, slots=True)
 class TritonForm:
-    """The module of an op's Triton form, and its needs."""
+    """The module of an op's Triton form, and its requirements."""
 
     module: str  # under kernels.triton; the function has the op's name
     min_sm: int = 80  # bfloat16 and asynchronous copies
@@ -156,7 +156,7 @@ class Ops:
         self.backends: Mapping[str, Backend] = MappingProxyType(backends)
 
     def takes_fused(self, rows: int, gate: Gate | None = None) -> bool:
-        """True if `fused_linear` is to take the place of a product of so many rows and of the ops around it."""
+        """True if `fused_linear` should replace a product of `rows` rows and the ops around it."""
         if self.launch is None or self.backends["fused_linear"] != "triton":
             return False
         return rows <= self.launch.tile("fused_linear", matrices=1 if gate is None else 2)["max_rows"]

@@ -1,7 +1,7 @@
-"""Launches of Triton kernels without their usual cost on the host, and the alarm for a compile while serving.
+"""Launches of Triton kernels at a low cost on the host, and the detection of compilation while serving.
 
-`kernel[grid](...)` binds and specialises its arguments anew at every call: 10 us for 9 arguments and 29 us for 24,
-measured, and a layer of a model makes ten. `Launch` keeps what that call compiled and launches it
+`kernel[grid](...)` binds and specialises its arguments again at every call, which takes 10 us for 9 arguments and 29 us
+for 24 (measured), and a layer of a model makes ten such calls. `Launch` keeps the compiled kernel and launches it
 directly from then on (4 to 6 us).
 """
 
@@ -25,18 +25,18 @@ class Launch:
       of 16; what the code generator should know (strides, head counts) is a constexpr.
     A kernel with a constexpr `OVERLAPS` gets it from here, see `kernels.triton.overlap`.
 
-    After `seal`, a variant never seen before is still compiled and run, and counted in `late_variants`: requests waited
-    for the compiler, which warm-up was there to prevent. Not safe for concurrent use.
+    After `seal`, a new variant is still compiled and run, but counted in `late_variants`, because requests waited for
+    the compiler, which warm-up should have prevented. Not safe for concurrent use.
     """
 
     def __init__(self, capability: Capability) -> None:
         self.capability = capability
-        self.late_variants: list[str] = []  # names of kernels, one entry for each variant; an alarm when not empty
+        self.late_variants: list[str] = []  # names of kernels, one entry per variant; should be empty
         self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
         self._sealed = False
 
     def tile(self, op: str, **sizes: int) -> Tile:
-        """Return what the device's table has for a call of `op` with these sizes; see `kernels.tiles`."""
+        """Return the tile in the device's table for a call of `op` with these sizes; see `kernels.tiles`."""
         return tile_table(op, self.capability).choose(**sizes)
 
     def __call__(
@@ -85,7 +85,7 @@ class Launch:
         """Run every call of the manifest, which must reach every variant that serving will, then `seal`.
 
         Returns:
-            Seconds it took: compiling is synchronous, so this is what start-up waits for.
+            Seconds that it took. Compiling is synchronous, so start-up waits for it.
         """
         start = time.perf_counter()
         for call in manifest:
@@ -94,17 +94,17 @@ class Launch:
         return time.perf_counter() - start
 
     def seal(self) -> None:
-        """From now on, count a variant that was not seen before as late."""
+        """End the warm-up: from now on, a new variant counts as late."""
         self._sealed = True
 
 
 def complete(
     kernel: Any, capability: Capability, args: tuple[Any, ...], constexprs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the constexprs in the order of the kernel's parameters, and options beside warps and stages.
+    """Return the constexprs in the order of the kernel's parameters, and the options other than warps and stages.
 
     Raises:
-        TypeError: a rule of `Launch` is not kept.
+        TypeError: the kernel violates a rule of `Launch`.
     """
     names = list(kernel.arg_names)
     options: dict[str, Any] = {}

@@ -5,9 +5,10 @@ capability and those between it and the next file's, or the name of one, `nvidia
 
     {"compute_capability": 90, "rules": [{"when": {"rows": 16}, "block_n": 64, ...}, {"block_n": 128, ...}]}
 
-The first rule whose bounds all hold (`when`: a size of the call is at most this) is taken; the last one has none. What
-an op may bound and must set is in `_SCHEMAS`. Nothing is tuned while serving: the gate of `kernels.aot` compiles what
-the committed tables can choose, and a table is changed after measuring, by hand.
+The first rule is taken whose bounds all hold (`when`: the call's size is at most this); the last one has none.
+`_SCHEMAS` defines the sizes that an op's rules may bound and the settings that they must have. Nothing is tuned while
+serving: the gate of `kernels.aot` compiles all choices of the committed tables, which are changed by hand after
+measurements.
 """
 
 import functools
@@ -43,7 +44,7 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Schema:
-    """The names that rules of an op may bound, and those that each has to set."""
+    """The sizes that an op's rules may bound, and the settings that each must have."""
 
     sizes: tuple[str, ...]
     settings: Mapping[str, _Range]
@@ -109,7 +110,7 @@ Tile = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class TileTable:
-    """The rules of one file, each its bounds and what it sets."""
+    """The rules of one file, each with its bounds and its settings."""
 
     compute_capability: int
     rules: tuple[tuple[tuple[tuple[str, int], ...], Tile], ...]
@@ -130,7 +131,7 @@ def tile_table(op: str, capability: Capability) -> TileTable:
     """Return the table of an op for a device: its own, or that of the highest compute capability not above its own.
 
     Raises:
-        ValueError: there is no table, or it holds something else than it should; the message names file and key.
+        ValueError: there is no table, or it is invalid; the message names file and key.
     """
     return read_table(_ROOT, op, capability)
 
@@ -156,7 +157,7 @@ def default_tables(op: str, root: Traversable = _ROOT) -> list[int]:
 
 
 def tuned_devices(sm: int, root: Traversable = _ROOT) -> list[str]:
-    """Return the names, as in files, of devices of a compute capability that have a table of their own for some op."""
+    """Return the file names of the devices of a compute capability that have a table of their own for some op."""
     found = set()
     for op in TILED_OPS:
         for entry in (root / op).iterdir():
@@ -166,7 +167,7 @@ def tuned_devices(sm: int, root: Traversable = _ROOT) -> list[str]:
 
 
 def device_slug(name: str) -> str:
-    """Return the name of a device as files have it: "NVIDIA H200" is "nvidia-h200"."""
+    """Return the file name of a device: "nvidia-h200" for "NVIDIA H200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

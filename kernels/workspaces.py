@@ -1,6 +1,6 @@
-"""Sizes of the scratch that device kernels want, known without Triton: an engine allocates it once, before it captures.
+"""Sizes of the scratch of device kernels, computed without Triton. An engine allocates it once, before it captures.
 
-The sizes that the layouts of scratch are made of are here as well, for the kernels to take them from.
+The constants that determine the layouts of scratch are defined here as well, and used by the kernels.
 """
 
 from scalellm.kernels.capability import Capability
@@ -19,19 +19,19 @@ _MOE_BLOCKS = (16, 32, 64, 128)  # rows of an expert's block that tile tables ma
 
 
 def sample_workspace_size(rows: int, vocab: int, num_logprobs: int = 0) -> int:
-    """Return the length of the i64 tensor that `sample` wants as its workspace for up to so many rows."""
+    """Return the length of the i64 workspace of `sample` for up to `rows` rows."""
     tiles = ceil_div(vocab, SAMPLE_TILE)
     return rows * sum(sample_row_sizes(tiles)) + rows * tiles * num_logprobs
 
 
 def sample_row_sizes(tiles: int) -> tuple[int, int, int]:
-    """Return what a row needs of the workspace for its longs, floats and ints, in units of 8 bytes."""
+    """Return the sizes of a row's longs, floats and ints in the workspace, in units of 8 bytes."""
     floats = 5 * tiles + SAMPLE_CANDIDATES + 3 + SAMPLE_PIVOTS
     return 2 * SAMPLE_PIVOTS * tiles + 3, (floats + 1) // 2, tiles + 1
 
 
 def fused_moe_workspace_size(tokens: int, choices: int, experts: int, width: int, hidden: int) -> int:
-    """Return the length of the i32 tensor that `fused_moe` and `fused_moe_wna16` want for up to so many tokens.
+    """Return the length of the i32 workspace of `fused_moe` and `fused_moe_wna16` for up to `tokens` tokens.
 
     `choices` is the number of experts of a token, `width` the rows of an expert's w13, gate and up together.
     """
@@ -39,7 +39,9 @@ def fused_moe_workspace_size(tokens: int, choices: int, experts: int, width: int
 
 
 def fused_moe_parts(tokens: int, choices: int, experts: int, width: int, hidden: int, block_m: int) -> tuple[int, ...]:
-    """Lengths of the layout's three results and counts, both hidden rows and the outputs, in multiples of 16 bytes."""
+    """Return the lengths of the layout's three results and counts, both hidden rows and the outputs, padded to 16
+    bytes.
+    """
     pairs = tokens * choices
     size, blocks, counts = moe_layout_sizes(pairs, block_m, experts)
     return tuple(
@@ -48,7 +50,7 @@ def fused_moe_parts(tokens: int, choices: int, experts: int, width: int, hidden:
 
 
 def moe_layout_sizes(pairs: int, block_size: int, num_experts: int) -> tuple[int, int, int]:
-    """Return the lengths of `sorted_token_ids`, of `expert_ids` and of the counts that the layout is made from."""
+    """Return the lengths of `sorted_token_ids`, of `expert_ids`, and of the counts from which the layout is made."""
     size = pairs + num_experts * (block_size - 1)
     chunk, block = moe_chunk(num_experts)
     return size, ceil_div(size, block_size), max(1, ceil_div(pairs, chunk)) * block
@@ -63,9 +65,9 @@ def moe_chunk(num_experts: int) -> tuple[int, int]:
 def gemm_wna16_workspace_size(
     capability: Capability, bits: int, rows: int, inner: int, columns: int, group_size: int
 ) -> int:
-    """Return the length of the f32 tensor that `w4a16_gemm` (bits 4) and `w8a16_gemm` (8) want for up to so many rows.
+    """Return the length of the f32 workspace of `w4a16_gemm` (bits 4) and `w8a16_gemm` (8) for up to `rows` rows.
 
-    `inner` and `columns` are the K and N of the weight. 0 where its columns alone fill the device.
+    `inner` and `columns` are the K and N of the weight. The length is 0 if its columns alone fill the device.
     """
     table = tile_table(f"w{bits}a16_gemm", capability)
     size = 0
@@ -79,7 +81,7 @@ def gemm_wna16_workspace_size(
 
 
 def wna16_shares(tile: Tile, capability: Capability, words: int, columns: int) -> int:
-    """Return the number of parts that the inner dimension is divided into, for all numbers of rows of a rule alike."""
+    """Return the number of parts into which the inner dimension is divided, equal for all numbers of rows of a rule."""
     wanted = tile["programs_per_sm"] * capability.num_sms // ceil_div(columns, tile["block_n"])
     return max(1, min(wanted, tile["max_shares"], words // (4 * tile["words"])))
 

@@ -1,10 +1,11 @@
-"""Compiles every kernel variant for every supported GPU without having one, and holds what comes out.
+"""Ahead-of-time compilation of every kernel variant for every supported GPU, on machines without one, and checks of the
+results.
 
     python -m scalellm.kernels.aot            # compile, print the table, compare with the baseline
-    python -m scalellm.kernels.aot --write    # ... and make what came out the new baseline
+    python -m scalellm.kernels.aot --write    # ... and make the results the new baseline
 
-Triton brings the whole compiler, down to ptxas. What it tells of a kernel without running it: registers, memory that
-registers were spilled to, shared memory, how far loops load ahead (tiles in shared memory / loads under way while the
-loop computes), and whether matrix products became wgmma (Hopper), tcgen05 (Blackwell) or mma instructions.
+Triton contains the whole compiler, down to ptxas. Known without running a kernel are: registers, spilled registers,
+shared memory, how far loops load ahead (tiles in shared memory / loads under way while the loop computes), and whether
+matrix products became wgmma (Hopper), tcgen05 (Blackwell) or mma instructions.
 TRITON_INTERPRET must not be set.
 """

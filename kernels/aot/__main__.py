@@ -48,7 +48,7 @@ def main() -> int:
         numbers = f"{report.registers:4} regs {report.stack:5} stack {report.shared:7} smem {report.wide:3} wide"
         ahead = " ".join(f"{loop.buffers}/{loop.in_flight}" for loop in report.loops)
         print(f"sm_{sm:<4}{name:76}{numbers}  {report.mma:8}{ahead}".rstrip())
-        # Without a baseline for this version of Triton, what holds for any version is held.
+        # Without a baseline for this version of Triton, only the limits that hold for any version are checked.
         failures += violations(sm, name, report, baseline.get(f"sm_{sm} {name}") if baseline else report)
     named = {f"sm_{sm} {name}": report for (sm, name), report in reports.items()}
     if not args.only:
@@ -69,7 +69,9 @@ def main() -> int:
 
 
 def _compile_case(task: tuple[int, int], cache: Path) -> dict[tuple[int, str], Report]:
-    """Compile what one case launches; in a process of the pool, so it records anew instead of being sent kernels."""
+    """Compile the launches of one case. Runs in a process of the pool, and so records them again, as kernels are not
+    sent.
+    """
     index, sm = task
     return {(sm, v.name): compile_variant(v, sm, cache) for v in record(SERVED[index], sm)}
 

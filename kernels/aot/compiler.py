@@ -1,4 +1,4 @@
-"""Compiles a variant and reads from the machine code what it will need on the device."""
+"""Compiles a variant and reads its resource usage from the machine code."""
 
 import hashlib
 import json
@@ -26,10 +26,10 @@ _WIDE = re.compile(r"(?:ld|st)\.global\S*\.(?:v4\.\w32|v2\.\w64|v8\.\w+)|cp\.asy
 
 
 class Loop(NamedTuple):
-    """A loop that loads ahead into shared memory: how many tiles of an operand that holds, and how many loads are still
-    under way when the loop waits for those of its next turn. Of several operands and waits, the least.
+    """A loop that loads ahead into shared memory: the number of buffered tiles per operand, and the number of loads
+    still under way when the loop waits for those of its next iteration. With several operands or waits, the least.
 
-    One buffer and none under way is a loop that waits for memory in every turn.
+    A loop with one buffer and no loads under way waits for memory in every iteration.
     """
 
     buffers: int
@@ -58,10 +58,10 @@ class Report:
 
 
 def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
-    """Compile for compute capability `sm` / 10, or return what an earlier run found for the same source.
+    """Compile for compute capability `sm` / 10, or return an earlier run's report for the same source.
 
     Raises:
-        ValueError: a kernel that may begin before the one before it has ended does not wait for that first.
+        ValueError: a kernel that may begin before its predecessor has ended does not wait for that first.
     """
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attributes)
     found = [field.name for field in fields(Report)]
@@ -78,7 +78,7 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
     wide, loops = len(_WIDE.findall(_FETCHES.sub("", ptx))), pipelined_loops(compiled.asm["ttgir"])
     report = Report(registers, stack, compiled.metadata.shared, mma, wide, loops)
     cache.mkdir(parents=True, exist_ok=True)
-    # Several processes share the folder: a file appears whole or not at all.
+    # Several processes share the folder, so files are written atomically.
     with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
         json.dump(asdict(report), file)
     Path(file.name).replace(cached)

@@ -12,7 +12,7 @@ _MORE_REGISTERS = 16  # fewer is noise of the allocator
 
 
 def violations(sm: int, name: str, now: Report, before: Report | None) -> list[str]:
-    """Return what is wrong with a variant, given what the baseline says of it."""
+    """Return the violated limits of a variant, given its report in the baseline."""
     found = []
     if now.shared > _SHARED_LIMIT[sm]:
         found.append(f"shared memory is {now.shared} bytes, the limit is {_SHARED_LIMIT[sm]}")
@@ -44,6 +44,6 @@ def read_baseline(path: Path) -> dict[str, Report]:
 
 
 def write_baseline(path: Path, reports: Mapping[str, Report]) -> None:
-    """Write one line for each variant, in order, so that a difference reads well."""
+    """Write one line per variant, sorted, so that diffs are readable."""
     lines = (f"  {json.dumps(name)}: {json.dumps(asdict(report))}" for name, report in sorted(reports.items()))
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,4 +1,4 @@
-"""Finds out which variants an op launches, by calling it on tensors that have no memory."""
+"""Determines which variants an op launches, by calling it on tensors without memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -40,16 +40,16 @@ class Variant:
 
 
 class Recorder(Launch):
-    """Notes down launches instead of making them."""
+    """Records launches instead of making them."""
 
     def __init__(self, capability: Capability, name: str) -> None:
         super().__init__(capability)
         self.variants: list[Variant] = []
-        self.tiles: list[Tile] = []  # chosen from tables, as they stand there
+        self.tiles: list[Tile] = []  # the tiles that were chosen from tables, unchanged
         self._name = name
 
     def tile(self, op: str, **sizes: int) -> Tile:
-        """Note down what was chosen, and return it."""
+        """Choose a tile from the table, record it, and return it."""
         self.tiles.append(super().tile(op, **sizes))
         return self.tiles[-1]
 
@@ -62,7 +62,7 @@ class Recorder(Launch):
         num_stages: int = 2,
         **constexprs: Any,
     ) -> None:
-        """Record the launch; an empty grid is refused, as a case that compiles nothing is a mistake."""
+        """Record the launch. Refuses an empty grid, because a case that compiles nothing is a mistake."""
         if 0 in grid:
             raise ValueError(f"{self._name}: {kernel.__name__} was launched with the empty grid {grid}")
         tail, more_options = complete(kernel, self.capability, args, constexprs)
@@ -101,7 +101,7 @@ def record(case: Case, sm: int) -> list[Variant]:
 
 
 def recorded(case: Case, capability: Capability) -> Recorder:
-    """Make the call of a case for a device, and return the launches."""
+    """Call a case's op for a device, and return the recorded launches."""
     recorder = Recorder(capability, f"{case.name} [{capability.name}]" if capability.name else case.name)
     case.trace(select_ops(recorder.capability, dtype=case.dtype, launch=recorder))
     if not recorder.variants:

@@ -1,4 +1,5 @@
-"""Gated activations in C++. What they must do is said by the torch forms, `kernels.reference.activation`."""
+"""Gated activations in C++. Their specification is the docstrings of the torch forms,
+`kernels.reference.activation`."""
 
 import torch
 from torch import Tensor

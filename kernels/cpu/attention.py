@@ -1,4 +1,4 @@
-"""Attention over the paged cache in C++. What it must do is said by the torch forms, `kernels.reference.attention`."""
+"""Attention over the paged cache in C++. Specified by the torch forms, `kernels.reference.attention`."""
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def _arguments(
     v_scale: float | Tensor | None,
     out: Tensor,
 ) -> tuple[int | float, ...]:
-    """Return what both functions begin with."""
+    """Return the first arguments of both C++ functions."""
     num_blocks, page, kv_heads, head_dim = cache_sizes(k_cache)
     return (
         CODES[q.dtype],

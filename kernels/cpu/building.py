@@ -19,21 +19,21 @@ FLAGS = (
     *("-fPIC", "-pthread", "-fvisibility=hidden"),
 )
 TUNE = ("-mtune=native",)
-"""Flags of what is built for the machine that builds it, besides those of its level."""
+"""Additional flags, beside those of the level, for a build that runs on this machine only."""
 SOURCES = Path(__file__).parent
 SHIPPED = SOURCES / "built"
-"""Folder of the shared objects that came with the package; an installation from sources has none."""
+"""Folder of the shared objects that are shipped with the package. An installation from sources has none."""
 
-_BUILD_LIMIT_S = 600  # twenty seconds where nobody else computes
+_BUILD_LIMIT_S = 600  # takes twenty seconds on an idle machine
 
 
 class Level(NamedTuple):
-    """A set of instructions that the sources have code for.
+    """A level of CPU instructions for which the sources have code.
 
     Attributes:
         name: Part of the file's name.
         flags: The compiler's flags for it.
-        needs: The CPU's features that it takes, as /proc/cpuinfo names them.
+        needs: The required CPU features, as /proc/cpuinfo names them.
     """
 
     name: str
@@ -57,12 +57,13 @@ LEVELS = (
         _VNNI | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
     ),
 )
-"""Weakest first. Each instruction set that the sources test for is in one of them."""
+"""All levels, weakest first. Each instruction set that the sources test for is in one of them."""
 
 NATIVE = Level("native", ("-march=native",), frozenset())
-"""All that the compiler finds the CPU to have, where no level of LEVELS fits: an older CPU or one of another kind."""
+"""The level with all features that the compiler detects, for a CPU that no level of LEVELS fits: an older one, or one
+of another architecture."""
 
-_CHECK_LIMIT_S = 120  # hundredths of a second where nobody else computes
+_CHECK_LIMIT_S = 120  # takes hundredths of a second on an idle machine
 _CHECK = """
 import ctypes, sys
 check = ctypes.CDLL(sys.argv[1]).self_check
@@ -72,7 +73,7 @@ print((check() or b"").decode())
 
 
 class FaultyLibraryError(Exception):
-    """A shared object cannot run on this machine, or computes something else there than it should."""
+    """A shared object cannot run on this machine, or computes wrong results."""
 
 
 def cpu_features() -> frozenset[str]:
@@ -85,9 +86,9 @@ def cpu_features() -> frozenset[str]:
 
 
 def candidates(features: Collection[str]) -> Sequence[Level]:
-    """Return the levels that a CPU with these features may run, strongest first; never none.
+    """Return the levels that a CPU with these features can run, at least one, strongest first.
 
-    Where the package came with shared objects for some of them, nothing stronger is built.
+    If the package was shipped with shared objects for some of them, stronger ones are not built.
     """
     fitting = [level for level in reversed(LEVELS) if level.needs.issubset(features)]
     strongest_shipped = next((i for i, level in enumerate(fitting) if _shipped(level).exists()), 0)
@@ -95,12 +96,13 @@ def candidates(features: Collection[str]) -> Sequence[Level]:
 
 
 def library_path(level: Level, folder: Path) -> Path:
-    """Return the shared object of a level: that of the package, else that of `folder`, building it if it is not there.
+    """Return the path of a level's shared object: the one of the package, or else the one in `folder`, built if
+    necessary.
 
-    Several processes may do this at once.
+    Several processes may call it at the same time.
 
     Raises:
-        OSError: there is no compiler, or no place to build.
+        OSError: there is no compiler, or `folder` cannot be written.
         subprocess.SubprocessError: the compiler fails.
     """
     if _shipped(level).exists():
@@ -119,12 +121,12 @@ def library_path(level: Level, folder: Path) -> Path:
 
 
 def check(library: Path) -> None:
-    """Compare products of a shared object on this machine with sums made one by one; see check.cpp.
+    """Check a shared object on this machine by comparing its products with plain sums; see check.cpp.
 
-    A process of its own does it, which may end by an instruction that the CPU does not have.
+    It runs in a process of its own, because that may die of an instruction that the CPU does not have.
 
     Raises:
-        FaultyLibraryError: they differ, or the process ends before it can say.
+        FaultyLibraryError: the results differ, or the process died.
         OSError: the process cannot be started.
     """
     try:
@@ -140,7 +142,7 @@ def check(library: Path) -> None:
 
 
 def build_levels(folder: Path, levels: Sequence[Level] = LEVELS) -> list[Path]:
-    """Build the shared objects of levels as a package has them. Raises what `library_path` does."""
+    """Build the shared objects that are shipped with a package. Raises the errors of `library_path`."""
     compiler = _compiler()
     folder.mkdir(parents=True, exist_ok=True)
     targets = [folder / _shipped(level).name for level in levels]
@@ -161,7 +163,7 @@ def _compiler() -> str:
 
 
 def _file_name(kind: str, made_with: Sequence[str]) -> str:
-    """Name everything that a shared object depends on: sources, flags, and what else it is made with."""
+    """Return a file name with a digest of all inputs of a shared object: sources, flags, and `made_with`."""
     digest = hashlib.sha256(repr((FLAGS, tuple(made_with))).encode())
     for path in [*_sources(), *sorted(SOURCES.glob("*.h"))]:
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
@@ -184,7 +186,7 @@ def _build(compiler: str, instructions: Sequence[str], target: Path) -> None:
             list(threads.map(lambda command: _run(compiler, *command), commands))
         linked = Path(unfinished, target.name)
         _run(compiler, *FLAGS, *instructions, "-shared", "-o", str(linked), *objects)
-        linked.replace(target)  # at once: whoever does not wait sees all of it or nothing
+        linked.replace(target)  # atomically, because processes that do not wait for the lock may read it
 
 
 def _run(*command: str) -> str:

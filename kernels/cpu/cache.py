@@ -1,10 +1,10 @@
 """The layout of the paged cache in memory for the C++ forms.
 
-Its tensors have the shape that all forms know, `[num_blocks, page_size, Hkv, D]`. Keys are strided: the tokens of a
-page lie side by side, `[num_blocks, Hkv, D, page_size]`, so that scores of many tokens are vectors without shuffles.
+Its tensors have the shape of all forms, `[num_blocks, page_size, Hkv, D]`. Keys are strided: in memory the tokens of a
+page are adjacent, `[num_blocks, Hkv, D, page_size]`, so that the scores of many tokens are vectors without shuffles.
 
-Caches of 8 bits are bytes that only the C++ forms read, in the order of `cache8.h`: `[num_blocks, page_size / 16, Hkv,
-D + 4, 16]`, parts of 16 tokens with their scales.
+8-bit caches are bytes that only the C++ forms read, in the layout of `cache8.h`: `[num_blocks, page_size / 16, Hkv,
+D + 4, 16]`, in parts of 16 tokens with their scales.
 """
 
 from typing import NamedTuple
@@ -49,23 +49,23 @@ def keys_by_token(memory: Tensor) -> Tensor:
 
 
 def can_have_bytes(page_size: int, head_dim: int) -> bool:
-    """True if the C++ forms read, and write, pages and heads of these sizes in 8 bits."""
+    """True if the C++ forms support 8-bit caches with pages and heads of these sizes."""
     return page_size % _PART == 0 and head_dim % (2 * LANES) == 0 and head_dim <= MAX_HEAD_DIM
 
 
 def require_rows(*caches: Tensor) -> None:
-    """Raise ValueError for a cache of bytes that only the C++ forms know how to read."""
+    """Raise ValueError for an 8-bit cache, which only the C++ forms can read."""
     if any(cache.dim() == 5 for cache in caches):
         raise ValueError("the cache lies in bytes for the C++ forms, which do not take these arguments")
 
 
 def can_have_layout(page_size: int, head_dim: int) -> bool:
-    """True if the C++ forms take pages and heads of these sizes: multiples of the widest vectors."""
+    """True if the C++ forms support pages and heads of these sizes, which must be multiples of the widest vectors."""
     return page_size % LANES == 0 and head_dim % LANES == 0
 
 
 def has_layout(k_cache: Tensor, v_cache: Tensor) -> bool:
-    """True if a cache lies in memory as the C++ forms read it."""
+    """True if a cache has the memory layout of the C++ forms."""
     sizes = cache_sizes(k_cache)
     if not (
         can_have_layout(sizes.page_size, sizes.head_dim)

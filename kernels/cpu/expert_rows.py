@@ -1,4 +1,4 @@
-"""The order of the rows of a mixture of experts in which those of one expert lie side by side."""
+"""The order of the rows of a mixture of experts in which the rows of each expert are adjacent."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ from scalellm.kernels.cpu.library import CpuLibrary
 
 
 class RowsByExpert(NamedTuple):
-    """P pairs of a token and an expert that is chosen for it, sorted by expert; those of an expert by token.
+    """P pairs of a token and a chosen expert, sorted by expert and then by token.
 
-    `tokens [P]` i32 has the token of each, `starts [E + 1]` i32 the place of each expert's first pair and the end, and
-    `places [T, k]` i32 the place of choice j of token t.
+    `tokens [P]` i32 is the token of each pair, `starts [E + 1]` i32 the index of each expert's first pair and the end,
+    and `places [T, k]` i32 the index of the pair of token t and its choice j.
     """
 
     tokens: Tensor

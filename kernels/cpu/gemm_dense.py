@@ -1,8 +1,8 @@
 """Products of float32 inputs with weights of 16 or 32 bit floating point numbers in C++, in float32.
 
-A sum has one order whatever rows are computed together, so a row's result does not depend on the other rows, which it
-does with torch's products. A weight of 16 bits is read as it is and widened in registers. Where the CPU has products of
-bfloat16 numbers (AVX-512 BF16, AMX), inputs of weights in bfloat16 are rounded to bfloat16, as they are on a GPU.
+The order of a sum does not depend on which rows are computed together, so neither does a row's result, unlike with
+torch's products. A 16-bit weight is read as it is and widened in registers. If the CPU has bfloat16 products (AVX-512
+BF16, AMX), inputs of bfloat16 weights are rounded to bfloat16, as on a GPU.
 """
 
 import torch

@@ -1,11 +1,11 @@
-"""Products with packed integers in C++. What they must do is said by the torch forms, `kernels.reference.w4a16`.
+"""Products with packed integer weights in C++. Specified by the torch forms, `kernels.reference.w4a16`.
 
-Inputs are rounded to 8 bits, to -127 .. 127 times a scale that every group of `group_size` inputs of a row has to
-itself, so that the products are those of integers: about as fine as bfloat16, and several times faster than float32.
-Sums are of the one row alone, in one order: the result of a row does not depend on the other rows.
+Inputs are rounded to 8 bits (-127 .. 127, times a scale for each group of `group_size` inputs of a row), so that the
+products are those of integers, which is about as exact as bfloat16, and several times faster than float32. The order of
+a sum is fixed, so a row's result does not depend on the other rows.
 
-C++ reads weights in tiles of columns. A weight of the ops' own layout is put into tiles for each call; whoever keeps a
-weight makes a `TiledWeight` of it once.
+C++ reads weights in tiles of columns. A weight in the ops' common layout is converted to tiles for each call; to use a
+weight repeatedly, make a `TiledWeight` of it once.
 """
 
 import torch
@@ -39,13 +39,13 @@ class TiledWeight:
     def of_copies(
         cls, library: CpuLibrary, words: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int
     ) -> "TiledWeight":
-        """Return one that leaves the memory of these as it is."""
+        """Make a TiledWeight of copies, which leaves the arguments' memory unchanged."""
         copies = _copied(words), _copied(scales), None if zeros is None else _copied(zeros)
         return cls(library, *copies, bits=bits, group_size=group_size)
 
     @staticmethod
     def takes(scales: Tensor, *, bits: int, group_size: int) -> bool:
-        """Return whether there can be one with such scales and groups."""
+        """Return whether a TiledWeight supports such scales and groups."""
         return scales.dtype in (torch.float32, torch.bfloat16) and group_size % (32 // bits) == 0
 
     def columns(self, indices: Tensor, *, scale: float = 1.0) -> Tensor:

@@ -1,9 +1,9 @@
-"""The C++ forms as a shared object: the one that came with the package for this CPU, or built by the machine's own
-compiler once and kept in the user's cache directory; see `kernels.cpu.building`. Whichever it is, it is used only after
-its products were compared with plain sums on this very machine.
+"""The C++ forms as a shared object, which is either shipped with the package for this CPU, or built once by the
+machine's compiler and kept in the user's cache directory; see `kernels.cpu.building`. In both cases it is used only
+after its products were compared with plain sums on this machine.
 
-The sources include no header of torch or Python and are called through ctypes, which releases the interpreter lock. So
-a compiler is all that is needed, a build takes seconds, and what was built does not depend on the version of torch.
+The sources include no headers of torch or Python, and are called through ctypes, which releases the interpreter lock.
+So a build needs only a compiler, takes seconds, and does not depend on the version of torch.
 """
 
 import ctypes
@@ -59,7 +59,7 @@ Call = tuple[str, tuple[int | float | None, ...]]
 
 
 class _Notes(threading.local):
-    """The calls of a thread since it began to note them; None while it does not."""
+    """The recorded calls of a thread; None while it does not record."""
 
     calls: list[Call] | None = None
     makes_calls = True
@@ -68,7 +68,7 @@ class _Notes(threading.local):
 class CpuLibrary:
     """The functions of a shared object, by name.
 
-    `level` names the instructions that it is compiled for, and `passed_over` says why stronger ones are not used.
+    `level` names the instructions that it is compiled for, and `passed_over` contains why stronger ones are not used.
 
     Raises:
         OSError: it cannot be loaded.
@@ -93,7 +93,9 @@ class CpuLibrary:
         self._notes = _Notes()
 
     def call(self, name: str, *args: int | float | None) -> int:
-        """Call a function with these arguments, pointers as `data_ptr` returns them, and torch's number of threads."""
+        """Call a function with these arguments, pointers as `data_ptr` returns them, and torch's number of threads.
+        Returns -1, or the index of the row at fault.
+        """
         if self._notes.calls is not None:
             self._notes.calls.append((name, args))
             if not self._notes.makes_calls:
@@ -103,7 +105,9 @@ class CpuLibrary:
 
     @contextmanager
     def noted(self, *, makes_calls: bool = True) -> Iterator[list[Call]]:
-        """Note all calls of this thread while the context lasts. Without `makes_calls` none is made, all succeed."""
+        """Record all calls of this thread within the context. Without `makes_calls` they are not made, and
+        return -1.
+        """
         calls = self._notes.calls = []
         self._notes.makes_calls = makes_calls
         try:
@@ -120,24 +124,24 @@ class CpuLibrary:
     def replay(self, calls: int, count: int) -> int:
         """Make `count` calls, each described at `calls` by the address of a function and that of its arguments.
 
-        Returns -1, or the index of the call that found fault with its inputs.
+        Returns -1, or the index of the call that found an invalid input.
         """
         result: int = self._replay(calls, count, torch.get_num_threads())
         return result
 
 
 def default_build_dir() -> Path:
-    """Return where compiled forms are kept when nobody says where."""
+    """Return the default folder of compiled forms."""
     return Path.home() / ".cache" / "scalellm" / "kernels"
 
 
 @functools.cache
 def load_library(build_dir: Path) -> CpuLibrary | None:
-    """Load the library of this machine and these sources, building it in `build_dir` when there is none yet.
+    """Load the library for this machine and these sources, building it in `build_dir` if necessary.
 
-    It is that of the strongest level of instructions that the CPU has and that computes what it should there; a warning
-    names each level that is passed over. None, after one line of warning, where no level can be had: there is no
-    compiler, or it fails. Several processes may do this at once.
+    The strongest level of instructions is used that the CPU supports and whose check succeeds; a warning names each
+    level that is passed over. Returns None, after one line of warning, if no level is available, because there is no
+    compiler or it fails. Several processes may call it at the same time.
     """
     passed_over: dict[str, str] = {}
     for level in candidates(cpu_features()):

@@ -1,4 +1,4 @@
-"""Masks of logits in C++. What they must do is said by the torch form, `kernels.reference.logits`."""
+"""Masks of logits in C++. Specified by the torch form, `kernels.reference.logits`."""
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ def apply_logits_processors_(
     frequency_penalty: Tensor | None = None,
     presence_penalty: Tensor | None = None,
 ) -> Tensor:
-    """C++ form of `kernels.apply_logits_processors_`, as far as a bitmask of all rows goes.
+    """C++ form of `kernels.apply_logits_processors_`, for a bitmask of all rows.
 
-    A call with nothing else can be recorded. Bias and penalties change few numbers of a row: torch does that.
+    A call with only a bitmask can be recorded. Bias and penalties change few numbers of a row, and are applied by
+    torch.
     """
     rows_of_logits = logits.dtype == torch.float32 and logits.stride(1) == 1
     is_masked = bitmask is not None and mask_rows is None and rows_of_logits and bitmask.stride(1) == 1

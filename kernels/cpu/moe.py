@@ -1,7 +1,7 @@
-"""Mixtures of experts in C++. What they must do is said by the torch forms, `kernels.reference.moe`.
+"""Mixtures of experts in C++. Specified by the torch forms, `kernels.reference.moe`.
 
-The rows of all experts are multiplied by one call for both matrices each, sorted by expert. A row's result does not
-depend on the other rows, and the results of its experts are added up in the order of their choice.
+Rows are sorted by expert, and those of all experts are multiplied by one call per matrix. A row's result does not
+depend on the other rows, and the results of its experts are added up in the order in which they were chosen.
 """
 
 import torch
@@ -85,7 +85,7 @@ def fused_moe(
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """C++ form of `kernels.fused_moe`; for weights of 16 or 32 bits. Who keeps weights makes `TiledExperts` of them."""
+    """C++ form of `kernels.fused_moe`, for weights of 16 or 32 bits. To use weights repeatedly, make `TiledExperts`."""
     is_dense = w13_scale is None and w2_scale is None and w13.dtype in DTYPES and w2.dtype in DTYPES
     if not is_dense or x.dtype != torch.float32 or not _takes(x, weights, out):
         return reference.fused_moe(x, w13, w2, weights, ids, w13_scale=w13_scale, w2_scale=w2_scale, out=out)

@@ -1,4 +1,4 @@
-"""RMSNorm in C++. What it must do is said by the torch form, `kernels.reference.norm`."""
+"""RMSNorm in C++. Specified by the torch form, `kernels.reference.norm`."""
 
 import torch
 from torch import Tensor

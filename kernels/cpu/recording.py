@@ -1,7 +1,7 @@
-"""Steps that are recorded once and then made again as one call, as a GPU replays a captured graph.
+"""Recording of a step's calls, and their replay as one call, as a GPU replays a captured graph.
 
-A decode step of a small model is some hundred calls of a few microseconds each, and to make them from Python takes as
-long as they do. Between the calls of a recorded step the threads of `parallel.h` stay awake as well.
+A decode step of a small model consists of some hundred calls of a few microseconds each, and calling them from Python
+takes as long as they do. In a replay, the threads of `parallel.h` also stay awake between calls.
 """
 
 import ctypes
@@ -26,21 +26,22 @@ class NotRecordableError(Exception):
 
 
 class Recorder:
-    """Records steps, one of which runs at a time: they share the memory of what they compute on the way."""
+    """Records steps. They share the memory of their intermediate results, so only one may run at a time."""
 
     def __init__(self, library: CpuLibrary) -> None:
         self._library = library
         self._memory = _Memory()
 
     def record(self, run: Callable[[], _Result], *, makes_calls: bool = True) -> "Recording[_Result]":
-        """Run `run`, and return what makes the calls that it made.
+        """Run `run` and return a recording of its calls.
 
         Args:
             run: The work.
-            makes_calls: False: calls are recorded only, so that nothing is computed, and what inputs hold is not read.
+            makes_calls: False: calls are recorded without being made, so that nothing is computed and inputs are not
+                read.
 
         Raises:
-            NotRecordableError: `run` uses an op of torch that computes.
+            NotRecordableError: `run` uses an op of torch that computes something.
         """
         with self._memory, self._library.noted(makes_calls=makes_calls) as calls:
             result = run()
@@ -48,10 +49,11 @@ class Recorder:
 
 
 class Recording(Generic[_Result]):
-    """Calls of a library on the memory that they were made on; `result` is what they compute, in one or more tensors.
+    """Recorded calls of a library, with the addresses of their arguments. `result` is one or more tensors that they
+    write.
 
-    A replay reads what inputs, weights and all else hold by then, at the addresses where they were: whoever replays
-    keeps these alive. The result is good until the recorder's next step.
+    A replay reads the current contents of inputs and weights at the recorded addresses, so the caller must keep these
+    alive. The result is valid until the recorder's next step.
     """
 
     def __init__(self, library: CpuLibrary, calls: list[Call], result: _Result) -> None:
@@ -65,7 +67,7 @@ class Recording(Generic[_Result]):
         self._place = self._calls.data_ptr(), len(self._calls)
 
     def replay(self) -> _Result:
-        """Make the calls, and return the result."""
+        """Make the recorded calls and return the result."""
         at = self._library.replay(*self._place)
         if at >= 0:
             raise ValueError(f"{self._names[at]}: a recorded call found fault with its inputs")
@@ -73,9 +75,9 @@ class Recording(Generic[_Result]):
 
 
 class _Memory(TorchMode):  # type: ignore[no-untyped-call]
-    """Gives new tensors memory that is never freed: what one had is for the next of about its size.
+    """Gives new tensors memory that is never freed, but reused for the next tensor of about the same size.
 
-    Otherwise the tensors that a run makes and drops would be recorded at addresses that are somebody else's later.
+    Otherwise temporary tensors of a run would be recorded at addresses that are later used for something else.
     """
 
     def __init__(self) -> None:
@@ -83,14 +85,14 @@ class _Memory(TorchMode):  # type: ignore[no-untyped-call]
         self._unused: dict[int, list[Tensor]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let views pass, give memory to new tensors, refuse everything else."""
+        """Allow views, allocate new tensors, and refuse all other ops."""
         if not func.is_view and func._schema.name not in NEW:
             raise NotRecordableError(str(func))
         made = func(*args, **(kwargs or {}))
         return made if func.is_view else self._lend(made.nbytes).view(made.dtype).view(made.shape)
 
     def _lend(self, num_bytes: int) -> Tensor:
-        size = 1 << (num_bytes - 1).bit_length()  # steps of other numbers of rows find it of use, too
+        size = 1 << (num_bytes - 1).bit_length()  # rounded up, so that steps with other numbers of rows can reuse it
         unused = self._unused[size]
         block = unused.pop() if unused else torch.empty(size, dtype=torch.uint8)
         # The storage of the tensor keeps this array, and nothing else does.
@@ -100,6 +102,6 @@ class _Memory(TorchMode):  # type: ignore[no-untyped-call]
 
 
 def _packed(kinds: str, args: tuple[int | float | None, ...]) -> bytes:
-    """Return eight bytes per argument; no pointer is 0."""
+    """Pack arguments into eight bytes each. None, a missing pointer, becomes 0."""
     formats = kinds.replace("p", "q").replace("i", "q").replace("f", "d")
     return struct.pack(f"={formats}", *(arg or 0 for arg in args))

@@ -1,4 +1,4 @@
-"""Rotation and cache write in C++. What it must do is said by the torch form, `kernels.reference.rope`."""
+"""Rotation and cache write in C++. Specified by the torch form, `kernels.reference.rope`."""
 
 import torch
 from torch import Tensor

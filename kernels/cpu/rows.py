@@ -1,4 +1,4 @@
-"""Rows of activations and of what they are looked up in, for steps on a CPU; elsewhere they are a line of torch."""
+"""Checks and gathers of rows, for recorded steps on a CPU. Elsewhere each is one line of torch."""
 
 import torch
 from torch import Tensor
@@ -27,6 +27,6 @@ def gather_rows(library: CpuLibrary, matrix: Tensor, ids: Tensor, *, out: Tensor
 
 
 def check_ids(fault: int, ids: Tensor, num_ids: int) -> None:
-    """Raise ValueError if a call named the id that it found fault with."""
+    """Raise ValueError if a call returned the index of an invalid id (`fault` other than -1)."""
     if fault >= 0:
         raise ValueError(f"ids[{fault}] is {int(ids[fault])}, there are {num_ids} rows")

@@ -1,4 +1,4 @@
-"""Drawing tokens in C++. What it must do is said by the torch form, `kernels.reference.sampling`."""
+"""Drawing tokens in C++. Specified by the torch form, `kernels.reference.sampling`."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def sample(
     workspace: Tensor | None = None,
     out: SampleOutput | None = None,
 ) -> SampleOutput:
-    """C++ form of `kernels.sample`; the noise, and with it the draws, are the torch form's."""
+    """C++ form of `kernels.sample`. The noise, and therefore the draws, equal those of the torch form."""
     source = logits if logprob_logits is None else logprob_logits
     (rows, vocab), k = logits.shape, num_logprobs or 0
     if out is None:

@@ -1,4 +1,4 @@
-"""Modes that see each op of torch that the work under them uses."""
+"""Dispatch modes, which intercept each op of torch that is called under them."""
 
 from typing import Any
 
@@ -6,24 +6,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class TorchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that torch's compiler knows nothing of."""
+    """A dispatch mode that is invisible to torch's compiler."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: for its compiler to skip this, torch imports it, which takes 1.7 s of the first answer."""
+        """Return False. Otherwise torch would import its compiler to skip this mode, which delays the first answer by
+        1.7 s.
+        """
         return False
 
 
 class RowWatch(TorchMode):  # type: ignore[no-untyped-call]
-    """Notes if torch computes something that may depend on the rows beside a row, such as a product or a sum.
+    """Detects ops of torch whose result for a row may depend on the other rows, such as products and sums.
 
-    What the C++ library computes is not seen: it adds up each row in one order, whatever is beside it.
+    Calls of the C++ library are not seen, and need not be, because its sums for a row do not depend on the other rows.
 
     Attributes:
-        is_equal: True as long as each row was computed as if it were alone, to the last bit.
+        is_equal: True as long as no row's result could depend on the other rows, to the last bit.
     """
 
     def __init__(self) -> None:
@@ -31,14 +33,14 @@ class RowWatch(TorchMode):  # type: ignore[no-untyped-call]
         self.is_equal = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let everything pass, and take note of it."""
+        """Run the op, and check whether its rows are independent."""
         if not (func.is_view or func.namespace == "c10d" or func._schema.name in _OF_ONE_ELEMENT):
             self.is_equal = False
         return func(*args, **(kwargs or {}))
 
 
 NEW = ("aten::empty", "aten::empty_like", "aten::new_empty")
-"""Ops that make tensors and fill in nothing."""
+"""Ops that make uninitialised tensors."""
 
 _OF_ONE_ELEMENT = frozenset(
     {
@@ -47,4 +49,4 @@ _OF_ONE_ELEMENT = frozenset(
         *(f"aten::{name}" for name in ("__and__", "ge", "lt", "sub", "add", "add_")),
     }
 )
-"""Ops that copy elements, or compute each of its own few inputs by one operation, which is exact or rounded once."""
+"""Ops that copy elements, or compute each element from a few inputs by one operation that is exact or rounded once."""

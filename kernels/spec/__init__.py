@@ -1,4 +1,4 @@
-"""One specification per op: formula and source, inputs of every kind, what float64 says of them, and the tolerance.
+"""One specification per op: formula and source, inputs of every kind, their results in float64, and the tolerance.
 
 A file has the ops of the file of its name in `kernels/reference` or `kernels/triton`, with one `SPEC`. It is read by
 - `tests/kernels/test_specs.py`: torch and C++ forms on the CPU, small cases;
@@ -6,7 +6,7 @@ A file has the ops of the file of its name in `kernels/reference` or `kernels/tr
 - `kernels.aot`: what Triton compiles for serving, on tensors without memory, served cases;
 - `bench.gpu`: parity, graphs and sanitizers on a device, served and large cases.
 
-What is no comparison with float64 (refusals, views, neighbours that change nothing) stays in tests of its own.
+Properties other than the comparison with float64 (refusals, views, independence of other rows) have tests of their own.
 """
 
 from collections.abc import Iterable

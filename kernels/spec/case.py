@@ -25,7 +25,7 @@ _CODES_APART = 0.01  # share of e4m3 codes that may be one off: at the midpoint 
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Random tensors on one device, the same ones for the same seed; on `meta` tensors without memory or numbers."""
+    """Makes random tensors on one device, equal ones for equal seeds; on `meta`, tensors without memory or values."""
 
     device: torch.device
     generator: torch.Generator | None
@@ -52,7 +52,7 @@ class Maker:
         return torch.randperm(count, generator=self.generator, device=self.device)
 
     def poison(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a tensor that no op would leave behind: NaN, or -77."""
+        """Return a tensor of values that no op would write: NaN, or -77."""
         if dtype.is_floating_point:
             return torch.full(shape, torch.nan, device=self.device).to(dtype)
         return torch.full(shape, -77, dtype=dtype, device=self.device)
@@ -69,8 +69,8 @@ class Bound:
     run: Callable[[], object]
     results: Mapping[str, Tensor]
     expected: Callable[[], Mapping[str, Tensor]]
-    """Computes what `results` have to be, float64 where they are floats; called before `run` or after `reset`. NaN
-    stands for what must not have been written."""
+    """Computes the expected `results`, in float64 if they are floats. Called before `run` or after `reset`. NaN marks
+    elements that must not be written."""
     initial: Mapping[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Bound:
             as_integers(self.results[name]).copy_(as_integers(value))
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return copies of the results as they are."""
+        """Return copies of the current results."""
         return {name: value.clone() for name, value in self.results.items()}
 
 
@@ -98,11 +98,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One op on one set of inputs, on whatever device it is asked to run.
+    """One op with one set of inputs, for any device.
 
     `bind` makes the inputs for the forms in `ops`. `dtype` and `kv_cache_dtype` are for the choice of forms.
-    `tolerance` replaces what `TOLERANCE` has for a result's dtype. Devices below `min_sm` do not have what it needs.
-    `allocates` says that the op makes tensors of its own here, as some do for prompts, which no captured graph has.
+    `tolerance` replaces the value in `TOLERANCE` for a result's dtype. Devices below `min_sm` cannot run it.
+    `allocates` is true if the op allocates tensors here, as some do for prompts, so that it cannot be captured.
     """
 
     op: str
@@ -113,20 +113,20 @@ class Case:
     tolerance: float | None = None
     min_sm: int = 80
     gibibytes: float = 1.0
-    """Memory it takes, at most."""
+    """Most memory that it takes, in GiB."""
     allocates: bool = False
 
     @property
     def name(self) -> str:
-        """Name of the case, different from all others'."""
+        """Unique name of the case."""
         return f"{self.op} {self.what}"
 
     def trace(self, ops: Ops) -> None:
-        """Call the op on tensors without memory: what it would launch is seen, and nothing is computed."""
+        """Call the op on tensors without memory, so that its launches are recorded and nothing is computed."""
         self.bind(ops, Maker.on(META)).run()
 
     def check(self, ops: Ops, device: torch.device) -> Outcome:
-        """Run it and compare."""
+        """Run the op and compare its results with the expected ones."""
         bound = self.bind(ops, Maker.on(device))
         expected = bound.expected()
         bound.run()
@@ -146,10 +146,11 @@ class Spec:
     """All cases of the ops of a file.
 
     Attributes:
-        small: sizes that the interpreter gets through. Run by every form: torch and C++ (`make test`), Triton on its
-            interpreter (`make test-kernels`).
-        served: what serving launches, for the shapes of the presets. Compiled by `make aot`, run by `make gpu`.
-        large: what else a GPU is to show: dtypes, lengths and widths that no preset has. Run by `make gpu`.
+        small: cases that are small enough for the interpreter. Run by every form: torch and C++ (`make test`), Triton
+            on its interpreter (`make test-kernels`).
+        served: cases with the launches of serving, for the shapes of the presets. Compiled by `make aot`, run by
+            `make gpu`.
+        large: further cases for a GPU: dtypes, lengths and widths that no preset has. Run by `make gpu`.
     """
 
     small: tuple[Case, ...]
@@ -163,12 +164,12 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def capability_of(ops: Ops) -> Capability:
-    """Return the device that forms were chosen for."""
+    """Return the capability of the device for which forms were chosen."""
     return Capability.of(torch.device("cpu")) if ops.launch is None else ops.launch.capability
 
 
 def lay_keys(ops: Ops, keys: Tensor) -> Tensor:
-    """Return keys [num_blocks, page, Hkv, D] as they lie in the cache of the forms of `ops`."""
+    """Return keys [num_blocks, page, Hkv, D] in the memory layout of the forms of `ops`."""
     if ops.library is None or not can_have_layout(keys.shape[1], keys.shape[3]):
         return keys
     return keys_by_token(keys.permute(0, 2, 3, 1).contiguous())
@@ -180,14 +181,14 @@ def as_integers(value: Tensor) -> Tensor:
 
 
 def bit_equal(a: Tensor, b: Tensor) -> bool:
-    """True if two tensors hold the same bits, whatever these stand for."""
+    """True if two tensors have the same bits, whatever their dtypes mean."""
     return torch.equal(as_integers(a), as_integers(b))
 
 
 def compare(result: Tensor, expected: Tensor, tolerance: float | None) -> Outcome:
-    """Hold a result against what it has to be: integers exactly, e4m3 by codes, floats row by row.
+    """Compare a result with the expected one: integers exactly, e4m3 by codes, floats row by row.
 
-    By row, because the norm of a large tensor does not notice that one row of it is wrong.
+    Rows are compared separately, because the norm of a large tensor would not show that one row is wrong.
     """
     if result.shape != expected.shape:
         return Outcome(False, float("inf"), 0.0, f"shape {tuple(result.shape)}, not {tuple(expected.shape)}")
@@ -212,7 +213,7 @@ def compare(result: Tensor, expected: Tensor, tolerance: float | None) -> Outcom
         return Outcome(True, 0.0, tolerance)
     got, want = (t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (got, want))
     norms = want.norm(dim=-1)
-    # A row that is nearly zero is held to a thousandth of what the others are like.
+    # The error of a row that is nearly zero is taken relative to a thousandth of the mean norm of the rows.
     floor = 1e-3 * norms.mean() + 1e-30
     error = float(((got - want).norm(dim=-1) / torch.maximum(norms, floor)).max())
     return Outcome(error <= tolerance, error, tolerance)

@@ -1,1 +1,1 @@
-"""Triton forms of the public ops. Imported by `kernels.dispatch` alone, and only where they can run."""
+"""Triton forms of the public ops. Imported only by `kernels.dispatch`, and only if they can run."""

@@ -1,4 +1,4 @@
-"""The common part of expert layers with any kind of weight: scratch, the way of many tokens, and the sum of experts."""
+"""The common part of expert layers for all kinds of weights: scratch, the path for many tokens, and the final sum."""
 
 from collections.abc import Callable
 
