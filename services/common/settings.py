@@ -55,52 +55,54 @@ class ServiceSettings(BaseSettings):
     metrics_port: Port | None = None
     """Port of the Prometheus endpoint; 0 takes a free one; unset: no endpoint."""
     metrics_host: Host = "127.0.0.1"
-    """Address on which the Prometheus endpoint listens, whatever --host says; 0.0.0.0 or :: for all."""
+    """Address on which the Prometheus endpoint listens, independent of --host; 0.0.0.0 or :: for all."""
     metrics_tls_cert: Path | None = None
-    """PEM file with the certificate that the Prometheus endpoint shows; unset: plain HTTP. These files are read again
-    when they change."""
+    """PEM file with the certificate of the Prometheus endpoint; unset: plain HTTP. These files are read again when they
+    change."""
     metrics_tls_key: Path | None = None
     """PEM file with the private key of --metrics-tls-cert."""
     metrics_tls_ca: Path | None = None
-    """PEM file with the authorities of whoever may ask the Prometheus endpoint: a certificate of theirs must be
-    shown."""
+    """PEM file with the authorities for clients of the Prometheus endpoint, which then need a certificate of one of
+    them."""
     vllm_metrics: bool = False
-    """Metrics also under vLLM's names, for the dashboards, autoscalers and gateways that read those."""
+    """Also export metrics under vLLM's names, for dashboards, autoscalers and gateways that read those."""
     tls_cert: Path | None = None
-    """PEM file with the certificate that clients are shown, followed by intermediate ones; unset: plaintext. These
-    files are read again when they change."""
+    """PEM file with the service's certificate, followed by intermediate ones; unset: plaintext. These files are read
+    again when they change."""
     tls_key: Path | None = None
     """PEM file with the private key of --tls-cert."""
     tls_ca: Path | None = None
-    """PEM file with the authorities of clients: each must show a certificate of theirs, also to ask for health."""
+    """PEM file with the authorities for clients, which then need a certificate of one of them, even for health
+    checks."""
     max_streams_per_connection: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1024
-    """Calls that one connection may have open; gRPC clients keep more of them waiting until others end."""
+    """Most open calls per connection; gRPC clients hold further calls back until others end."""
     max_connections: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    """Connections that each process keeps; more are closed at once. Unset: as many as it may have files open."""
+    """Most connections per process; more are closed at once. Unset: as many as its limit of open files allows."""
     max_connection_age_s: Annotated[float, Field(ge=1, le=1e6)] | None = None
-    """Seconds, about, after which a client is asked to connect again, so that clients spread over processes that were
+    """Approximate seconds after which a client is asked to reconnect, so that clients spread over processes that were
     added; open calls go on. Unset: never."""
     api_keys: Path | None = None
-    """TOML file with the API keys that are known, see `scalellm keys`; read again when it changes. Unset: none is asked
-    for."""
+    """TOML file with the accepted API keys, see `scalellm keys`; read again when it changes. Unset: no keys are
+    required."""
     link_token_file: Path | None = None
-    """File with the secret that the services of one line share: required of whoever opens a link or asks for more than
-    health on an internal service, and shown on the links that this service opens."""
+    """File with the secret that the services of a deployment share. It is required for opening a link, and for all
+    calls but health checks of an internal service, and is sent on the links that this service opens."""
     announce: Path | None = None
     """Write host:port to this file once the service answers (and metrics=host:port on the next line)."""
     drain_limit_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
-    """On SIGTERM, seconds that running requests are given to finish. What an executor runs then goes on elsewhere."""
+    """Seconds that running requests have to finish after SIGTERM. An executor's remaining requests go on elsewhere."""
     stall_limit_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds without progress, while there is work, after which the service calls itself unhealthy, what it is linked
-    to takes it for dead, and an executor ends its engine and starts another: more than the longest step takes."""
+    """Seconds without progress, while there is work, after which the service reports that it is unhealthy, services
+    linked to it consider it dead, and an executor restarts its engine. Must be longer than the longest step."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe level that is logged."""
     log_format: LogFormat = "text"
     """text: lines for people. json: one object per line, for collectors."""
     otlp_endpoint: str | None = None
-    """Send traces to this OpenTelemetry collector by OTLP/gRPC, such as http://127.0.0.1:4317; https:// for TLS."""
+    """OpenTelemetry collector to which traces are sent by OTLP/gRPC, such as http://127.0.0.1:4317; https:// for
+    TLS."""
     trace_file: Path | None = None
-    """Append traces to this file, as lines of OTLP's JSON; services may share it."""
+    """File to which traces are appended, as lines of OTLP's JSON; services may share it."""
 
     @field_validator("otlp_endpoint")
     @classmethod
@@ -142,25 +144,25 @@ class ServiceSettings(BaseSettings):
 
 
 class LinkedSettings(ServiceSettings):
-    """Settings of a service that gets its work from other ones."""
+    """Settings of a service that gets its work from other services."""
 
     lease_s: Annotated[float, Field(ge=0.1, le=3600)] = 30.0
-    """Seconds without any sign of life after which the requests of a client service are freed: it hangs, or its
-    connection is dead. It shows one six times as often."""
+    """Seconds without a sign of life after which the requests of a client service are ended, because it hangs or its
+    connection is dead. Clients send one six times within that time."""
 
 
 class LinkingSettings(ServiceSettings):
-    """Settings of a service that sends its work to another one."""
+    """Settings of a service that sends work to other services."""
 
     link_tls_ca: Path | None = None
     """PEM file with the authorities of the services that this one connects to; unset: plaintext."""
     link_tls_cert: Path | None = None
-    """PEM file with the certificate that they are shown, where they ask for one."""
+    """PEM file with this service's certificate as a client of these services, if they require one."""
     link_tls_key: Path | None = None
     """PEM file with the private key of --link-tls-cert."""
     link_tls_name: str = ""
-    """Name that their certificates must have; default: a scheduler's host as it was listed, and the address of an
-    executor, which is reached by its IP address, whatever name it was listed under."""
+    """Name that these services' certificates must have; default: for a scheduler, its host as it is listed; for an
+    executor, its IP address, even if it is listed under a name."""
 
     @property
     def dialer(self) -> LinkDialer:

@@ -12,7 +12,7 @@ from scalellm.services.common.settings import LinkedSettings, Port, settings_con
 
 
 def _parse_kernels(value: Any) -> Any:
-    """Turn `sample=torch,all=triton` into a mapping; which ops and forms there are is checked where they are chosen."""
+    """Parse `sample=torch,all=triton` into a mapping. Names of ops and forms are checked when forms are chosen."""
     if not isinstance(value, str):
         return value
     pairs = [item.partition("=") for item in value.split(",") if item.strip()]
@@ -20,7 +20,7 @@ def _parse_kernels(value: Any) -> Any:
 
 
 class ExecutorSettings(LinkedSettings):
-    """Settings of the executor, which runs token sequences through the model, owns the paged KV cache."""
+    """Settings of the executor, which runs token sequences through the model and owns the paged KV cache."""
 
     model_config = settings_config("executor")
 
@@ -42,28 +42,30 @@ class ExecutorSettings(LinkedSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations, and of weights that are not quantised; default: bfloat16 on a GPU, float32 on a CPU."""
     quantization: Literal["auto", "none", "keep", "fp8", "fp8-tensor", "int8", "int4"] = "auto"
-    """Form of the weights of linear layers. none: --dtype; keep: as the file has them,
-    which includes the blocks of a GGUF file and, on a CPU, 16 bits; auto: keep on a CPU with a compiler, else none; fp8
-    has a scale per row, fp8-tensor one per matrix; int8 one per 128 inputs; int4 a scale and a zero point per 128
-    inputs, on a CPU per 32. A quantised checkpoint stays what it is."""
+    """Form of the weights of linear layers. none: --dtype. keep: as stored in the file, including the blocks of a GGUF
+    file and, on a CPU, 16-bit numbers. auto: keep on a CPU with a compiler, else none. fp8: a scale per row.
+    fp8-tensor: a scale per matrix. int8: a scale per 128 inputs. int4: a scale and a zero point per 128 inputs, on a
+    CPU per 32. A quantised checkpoint is not changed."""
     fp8_fast_sums: bool = False
     """On a GPU, add up products of fp8 weights in the short accumulators of its matrix units (14 bits on Hopper)
     instead of float32: faster for prompts, less exact. `make gpu GPU_ARGS=--first` measures both."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = "auto"
-    """Type of cached keys and values. auto: that of activations; on a CPU int8 beside quantised weights, as products
-    round inputs to 8 bits there, and 16 bits beside weights of 16 bits; int8: a scale for each token and head; fp8:
-    e4m3. A GPU takes auto and fp8."""
+    """Type of cached keys and values. auto: that of activations; but on a CPU int8 with quantised weights, as products
+    round inputs to 8 bits there, and 16 bits with 16-bit weights. int8: with a scale per token and head. fp8: e4m3. A
+    GPU supports auto and fp8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto takes a GPU where torch finds one."""
     kernels: Annotated[dict[str, Literal["torch", "triton", "cpp"]], NoDecode, BeforeValidator(_parse_kernels)] = Field(
         default_factory=dict
     )
-    """Forms of ops instead of the chosen ones: OP=torch, OP=triton or OP=cpp, comma-separated; OP "all" means each."""
+    """Forms of ops that override the automatic choice: OP=torch, OP=triton or OP=cpp, comma-separated; OP "all": all
+    ops."""
     enforce_eager: bool = False
     """Launch decode steps op by op instead of replaying captured graphs: slower, easier to debug."""
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Ranks that compute each token together: processes that each hold a share of the model, on a GPU of their own.
-    Heads have to divide by it. On a CPU it is a test vehicle: sums between processes cost more than ranks save."""
+    The number of heads must be divisible by it. On a CPU it is for tests only: sums between processes cost more than
+    ranks save."""
     expert_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Groups of ranks among which a model's experts are distributed; within a group each expert is divided. Must divide
     --tensor-parallel."""
@@ -98,22 +100,24 @@ class ExecutorSettings(LinkedSettings):
     capacity_policy: Literal["max_utilization", "guaranteed_no_evict"] = "max_utilization"
     """max_utilization admits what fits now and preempts when the cache is full; guaranteed_no_evict never preempts."""
     prefix_cache: bool = True
-    """Keep computed prompts and share them between requests of the same tenant."""
+    """Keep the cache blocks of computed prompts, and share them between requests of the same tenant."""
     speculation: Literal["auto", "off"] = "auto"
-    """auto: guess tokens from what a sample may be repeating (its prompt and its text, a prediction, answers of late to
-    the same tenant), check the guesses in the same step, and keep those that are drawn anyway: texts are the same, and
-    come in fewer steps. As many are checked as pay by measured step times: none under load. On a CPU, where all of a
-    step is computed in C++."""
+    """auto: draft tokens from texts that a sample may be repeating (its prompt, its own text, a prediction, recent
+    answers to the same tenant), verify the drafts in the same step, and accept those that equal the drawn tokens, so
+    that texts do not change but take fewer steps. The number of drafts follows measured step times: none under load.
+    Only on a CPU, if a whole step is computed in C++."""
     target_itl_ms: Annotated[float, Field(gt=0)] | None = 500.0
-    """While sequences decode, prompts are computed in chunks that keep a step about this short, and no more guesses are
-    checked than it allows."""
+    """While sequences decode, the sizes of prefill chunks and the number of drafts are limited so that a step takes
+    about this long at most, in milliseconds."""
     max_engine_restarts: Annotated[int, Field(ge=0)] = 3
-    """Engine crashes in a row, without a finished start in between, after which the service gives up. A node that is
-    gone is waited for, and does not count."""
+    """Engine crashes in a row, without a completed start in between, after which the service gives up. The loss of a
+    node does not count; the service waits for it."""
 
     @property
     def num_ranks(self) -> int:
-        """Processes that hold the model; the fake engine has none to divide, and only says that it has ranks."""
+        """Number of processes that hold the model: 1 for the fake engine, which only reports `tensor_parallel`
+        ranks.
+        """
         return self.tensor_parallel if self.engine == "model" else 1
 
     @property

@@ -19,10 +19,11 @@ class SchedulerSettings(LinkedSettings, LinkingSettings):
     port: Port = 50052
     """Port to listen on; 0 takes a free one."""
     executors: str = ""
-    """Executors, host:port,host:port,...; a name with several addresses stands for all. More join by AddExecutor."""
+    """Executors, host:port,host:port,...; a name with several addresses stands for all of them. AddExecutor adds
+    more."""
     redis_url: str | None = Field(default=None, repr=False)
-    """Redis in which session affinity survives a restart: redis://..., unix://... or redis+sentinel://...; unset: in
-    memory only."""
+    """Redis that keeps session affinity across restarts: redis://..., unix://... or redis+sentinel://...; unset: it is
+    kept in memory only."""
     session_ttl_s: Annotated[float, Field(ge=1)] = 3600.0
     """Seconds after its last request for which a session's executor is remembered in Redis."""
     max_queued_requests: Annotated[int, Field(ge=1)] = 4096
@@ -30,20 +31,21 @@ class SchedulerSettings(LinkedSettings, LinkingSettings):
     max_queued_tokens: Annotated[int, Field(ge=1)] = 4_194_304
     """Prompt tokens that may wait for admission; more are refused with RESOURCE_EXHAUSTED."""
     executor_grace_s: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds for which requests wait while no executor answers; covers one that its supervisor starts again."""
+    """Seconds for which requests wait while no executor answers; long enough for a supervisor to restart one."""
     engine_restart_limit_s: Annotated[float, Field(ge=0)] = 120.0
-    """Seconds for which requests wait while none is ready but one answers; covers the loading of its model."""
+    """Seconds for which requests wait while an executor answers but none is ready; long enough to load its model."""
     pool_policy: PoolPolicy = "measured"
-    """Executors that new requests go to where their numbers of devices differ. measured: those with the lower predicted
-    time to the last token. fixed: those with most devices below 64 requests, those with fewest from 64 on. off: any."""
+    """Choice among executors with different numbers of devices for new requests. measured: those with the lowest
+    predicted time to the last token. fixed: those with most devices below 64 requests, those with fewest from 64 on.
+    off: any."""
     executor_resolve_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds between look-ups of executor names that are not plain addresses."""
+    """Seconds between look-ups of executors' host names."""
     max_executor_deaths: Annotated[int, Field(ge=1)] = 2
-    """Engines that may end under a request, without a token in between, before it is ended as their cause."""
+    """Engine deaths in a row, without a token in between, after which a request counts as their cause and is ended."""
     session_wait_s: Annotated[float, Field(ge=0)] = 0.25
     """Seconds that a request waits for its session's executor while only others would take it."""
     deadline_backstop_s: Annotated[float, Field(gt=0)] = 1.0
-    """Seconds past its deadline after which a request is ended here if its executor has not done so."""
+    """Seconds past its deadline after which the scheduler ends a request if its executor has not."""
 
     @field_validator("executors")
     @classmethod
@@ -53,5 +55,5 @@ class SchedulerSettings(LinkedSettings, LinkingSettings):
 
     @property
     def executor_addresses(self) -> tuple[str, ...]:
-        """The entries of `executors`."""
+        """The addresses in `executors`."""
         return split_addresses(self.executors)

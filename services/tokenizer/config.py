@@ -26,38 +26,39 @@ class TokenizerSettings(LinkingSettings):
     port: Port = 50051
     """Port to listen on; 0 takes a free one."""
     http: bool = True
-    """Serve HTTP, too: OpenAI's API and its like, by the same keys."""
+    """Also serve HTTP: the APIs of OpenAI and Anthropic, with the same keys."""
     http_port: Port = 8000
     """Port for HTTP; 0 takes a free one."""
     http_strict: bool = False
-    """Refuse fields of HTTP requests that are not known, which are otherwise left alone."""
+    """Refuse unknown fields of HTTP requests, which are otherwise ignored."""
     http_metrics: bool = False
-    """Serve /metrics on the HTTP port, too: to everybody who reaches it, or with keys to those of admins. Needs
+    """Also serve /metrics on the HTTP port: to everybody who reaches it, or, if there are keys, to admins. Needs
     --metrics-port."""
     playground: bool = True
-    """Serve web pages on the HTTP port: / to try the model, /live for what the services do just now (GET /v1/fleet, for
-    everybody who reaches the port, or with keys for admins)."""
+    """Serve web pages on the HTTP port: / to try the model, /live for the current state of the services (GET /v1/fleet,
+    for everybody who reaches the port, or, if there are keys, for admins)."""
     http_cors_origins: str = ""
-    """Origins whose web pages may call by HTTP, with commas in between, such as https://chat.example.org; * for all.
+    """Origins whose web pages may call the HTTP port, comma-separated, such as https://chat.example.org; * for all.
     Unset: none."""
     scheduler: str = "127.0.0.1:50052"
-    """Schedulers, host:port,host:port,...; a name with several addresses stands for all."""
+    """Schedulers, host:port,host:port,...; a name with several addresses stands for all of them."""
     scheduler_resolve_s: Annotated[float, Field(gt=0)] = 2.0
-    """Seconds between look-ups of scheduler names that are not plain addresses."""
+    """Seconds between look-ups of schedulers' host names."""
     scheduler_outage_s: Annotated[float, Field(ge=0, le=1e6)] = 60.0
-    """Seconds for which a running request whose scheduler was lost waits for one, before it ends UNAVAILABLE."""
+    """Seconds for which a running request that lost its scheduler waits for one before it ends with UNAVAILABLE."""
     model: str = "smollm2-135m-instruct"
     """A name from `scalellm models list`, a pulled repository of the Hugging Face Hub (org/name, org/name:Q4_K_M),
-    a directory with a model, or a .gguf file; only its tokenizer is read. Several, with commas in between, are served
-    side by side, the first one where a request names none; NAME=MODEL gives one the name that its executors have."""
+    a directory with a model, or a .gguf file; only its tokenizer is read. Several may be given, comma-separated; the
+    first one is the default. NAME=MODEL sets the name of a model, which must be the same as at its executors."""
     model_name: str = ""
-    """Name under which the model is served, if it is one; default: its own, or that of the directory or file."""
+    """Name under which the model is served, if there is only one; default: its own, or that of the directory or
+    file."""
     aliases: Path | None = None
-    """TOML file with names that stand for models, several of which share the requests of one name by weights, such as
-    chat = {small = 95, small-next = 5}; read again when it changes. Unset: there are none."""
+    """TOML file with aliases of models; several models share the requests of an alias by weights, such as
+    chat = {small = 95, small-next = 5}. Read again when it changes. Unset: there are no aliases."""
     generation_config: Literal["auto", "none"] = "auto"
-    """auto: how tokens are drawn, where a request does not say, is what the model's generation_config.json says.
-    none: temperature 1 and nothing else, whatever the model."""
+    """Defaults of sampling parameters that a request does not set. auto: those of the model's generation_config.json.
+    none: temperature 1 without filters or penalties, for all models."""
     home: Path = Path.home() / ".cache" / "scalellm"
     """Folder into which `scalellm models pull` puts models."""
     workers: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=_default_workers)
@@ -68,25 +69,25 @@ class TokenizerSettings(LinkingSettings):
     """Redis that keeps sessions: redis://host:port/db, unix://path or redis+sentinel://host,host/name; unset: no
     sessions."""
     session_ttl_s: Annotated[float, Field(ge=1, le=1e9)] = 3600.0
-    """Seconds after its last turn for which a session is kept."""
+    """Seconds for which a session is kept after its last turn."""
     max_session_bytes: Annotated[int, Field(ge=1, le=2**53)] = 128 * 2**20
-    """Most bytes that the sessions of one tenant hold in Redis, unless its limits (session_bytes) say otherwise;
+    """Most bytes of one tenant's sessions in Redis, unless the tenant has a limit of its own (session_bytes);
     default: half of the Redis that `scalellm up` and Compose start."""
     kept_ttl_s: Annotated[float, Field(ge=1, le=1e9)] = 600.0
     """Seconds for which an answer that was begun with ON_DISCONNECT_KEEP can be resumed after its last token."""
     max_kept_bytes: Annotated[int, Field(ge=1, le=2**53)] = 32 * 2**20
-    """Most bytes that the kept answers of one tenant hold in Redis, unless its limits (kept_bytes) say otherwise."""
+    """Most bytes of one tenant's kept answers in Redis, unless the tenant has a limit of its own (kept_bytes)."""
     salt_secret: str = Field(default="", repr=False)
-    """Key from which the tenants' prefix-cache salts are derived. All edges of one line need the same, or their
-    requests share no cached prefixes; unset: a constant, which keeps tenants apart but is known to readers of the
-    source."""
+    """Key from which the tenants' prefix-cache salts are derived. All tokenizer services of a deployment need the same,
+    or their requests share no cached prefixes; unset: a public constant, which separates tenants but is no secret."""
     log_requests: bool = False
-    """Log a line at the end of every request: status, tokens, latency, executor. Unset: only of failed ones."""
+    """Log a line at the end of every request: status, tokens, latency, executor. Unset: only for failures of the
+    service."""
     log_prompts: bool = False
-    """Add the prompt to those lines, up to 4096 characters of it. Whoever can read the log can then read what users
-    write; needs --log-requests."""
+    """Add the prompt to those lines, up to 4096 characters of it, so that everybody who can read the log can read
+    users' prompts; needs --log-requests."""
     trace_sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of requests that are traced, of those that come without a traceparent: whoever sends one has decided."""
+    """Share of traced requests, among those without a traceparent. A traceparent decides by itself."""
 
     @field_validator("log_prompts")
     @classmethod
@@ -117,12 +118,12 @@ class TokenizerSettings(LinkingSettings):
 
     @property
     def cors_origins(self) -> tuple[str, ...]:
-        """The origins whose pages may call."""
+        """The entries of `http_cors_origins`."""
         return tuple(filter(None, (origin.strip() for origin in self.http_cors_origins.split(","))))
 
     @property
     def scheduler_addresses(self) -> tuple[str, ...]:
-        """The entries of `scheduler`."""
+        """The addresses in `scheduler`."""
         return split_addresses(self.scheduler)
 
     @property
