@@ -139,8 +139,8 @@ class EngineLink:
         key = (self.link, submit.handle)
         if self._engine.has_request(key):  # a Finish for the new request would end the other one with this handle
             raise StatusError.invalid("handle", f"{submit.handle} is in use on this link")
-        # Compared with the most that was ever granted. Fewer may be granted now, after credits went to other links or
-        # requests ended, which the client cannot know yet.
+        # A client that keeps to its credits cannot exceed this limit: credits that were moved to other links since then
+        # still count, and so do those of ended requests, of which it may not have heard.
         self._most_granted = max(self._most_granted, self._granted_requests)
         if self._num_accepted + self._num_refused >= self._most_granted:
             message = f"granted_requests: {self._most_granted} requests came, more than that were not granted"

@@ -71,7 +71,8 @@ class ReplicaLink:
         self._submitted_tokens = 0
         self._tokens_since_load = 0
         self._num_tokens = 0
-        self._recalled: dict[int, int] = {}  # by handle: prompt tokens of credit that come back with the Finish
+        # By handle, the recalled requests whose Finish has not come: prompt tokens of credit that are free again.
+        self._recalled: dict[int, int] = {}
         self._client = LinkClient(
             address,
             executor_pb2.DESCRIPTOR.services_by_name["Executor"].methods_by_name["Execute"],

@@ -125,7 +125,7 @@ class Request:
         self.times.leave_queue(now)
 
     def requeue(self, *, lost: bool) -> None:
-        """Record that the request is queued again; lost: its executor died, instead of giving it back."""
+        """Record that the request is queued again; lost: True if the time since its dispatch counts as failover."""
         assert self.state is RequestState.RUNNING
         self.state = RequestState.QUEUED
         self.executor.replica = None

@@ -40,8 +40,8 @@ class RequestTimes:
         self._since = now
 
     def come_back(self, *, lost: bool) -> None:
-        """Record that the request is queued again. The time since its dispatch then counts as failover if its executor
-        was lost, else as admission.
+        """Record that the request is queued again. The time since its dispatch counts as failover with `lost`, else as
+        admission.
         """
         self._was_lost = lost
 

@@ -36,7 +36,7 @@ _LAST_WRITES = 60.0
 """Seconds after a request's end for which the worker tries to complete its journal while Redis does not answer."""
 
 _MAX_ABORTED = 3
-"""Times that a request which the scheduler ended with ABORTED is started again."""
+"""Number of ABORTED ends of a request after which it is given up instead of started again."""
 
 _CANCEL_WAIT = 10.0
 """Seconds to wait for another worker to cancel a request. Workers check for that at least once a second."""
@@ -343,7 +343,7 @@ class KeptRequest:
 
     async def _fail(self, error: StatusError) -> None:
         """Handle an error of the scheduler. Raises StatusError if the request can go on elsewhere or later."""
-        # A client that asks for the state by an id that the server made (`asked`) shall find the error under it.
+        # Without tokens it was refused in the queue. With `asked`, clients may ask for its state, so the error is kept.
         is_refusal = error.code in _REFUSALS and not self.transcript.num_tokens and not self.head.asked
         if is_refusal or not self._accepted.is_set():
             # A refused request did not run: its id is free, and the client may send it again.
