@@ -17,7 +17,7 @@ _VERSIONS = (
 
 
 def free_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes that can be allocated: what the machine has available, or less where a container's limit is lower.
+    """Return the bytes that can be allocated: the machine's available memory, or less if a container's limit is lower.
 
     Args:
         cgroup: The cgroup directory of this process, as a container sees it.
@@ -39,7 +39,7 @@ def _read(path: Path) -> int | None:
 
 
 def _reclaimable(statistics: Path, name: str) -> int:
-    """Page cache of files, such as mapped weights: counted as used, given back under pressure."""
+    """Return the page cache of files, such as mapped weights, which counts as used but is reclaimed under pressure."""
     try:
         fields = dict(line.split() for line in statistics.read_text().splitlines())
     except OSError:

@@ -1,4 +1,4 @@
-"""The executor's metrics: one consistent snapshot of the engine's books per scrape."""
+"""The executor's metrics: one consistent snapshot of the engine's counts per scrape."""
 
 from __future__ import annotations
 

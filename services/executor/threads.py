@@ -1,4 +1,4 @@
-"""The best number of threads for the engine's matrix products on this CPU, found by trying."""
+"""Measurement of the best number of threads for the engine's matrix products on this CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def choose_num_threads(product: Callable[[torch.Tensor], object], hidden_size: i
 
 
 def _score(num_threads: int, rows: list[torch.Tensor], product: Callable[[torch.Tensor], object]) -> float:
-    """Product of the best times, so that both shapes weigh the same."""
+    """Return the product of the best times of both shapes, so that they have the same weight."""
     torch.set_num_threads(num_threads)
     score = 1.0
     for row in rows:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _TOKENS_PER_RUNNING = 16
 
 _FEW = 16
-"""Up to so many candidates are compared one by one; more are found by following the order of all executors by load."""
+"""Most candidates that are compared one by one. For more, the order of all executors by load is followed."""
 
 
 class Verdict(enum.Enum):

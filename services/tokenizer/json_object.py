@@ -1,4 +1,4 @@
-"""Reads JSON that nobody vouches for: a text in, an object out, or a StatusError that says what is wrong with it."""
+"""Strict parsing of JSON objects from clients, with StatusErrors that name the fault."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from scalellm.services.common.errors import StatusError
 JsonObject = dict[str, object]
 
 _MAX_OBJECTS = 16_384
-"""Objects in a text: for each one a function is called, which tells keys that come twice."""
+"""Most objects in a text, because for each one a function is called that detects duplicate keys."""
 
 
 def parse_object(data: bytes, field: str = "body") -> JsonObject:
-    """Return the object that a text in UTF-8 holds. Raises StatusError that names `field` for anything else.
+    """Parse a JSON object in UTF-8. Raises StatusError that names `field` for anything else.
 
-    Numbers that are no numbers (NaN, Infinity), keys that come twice, and texts that are not Unicode are refused: each
-    reader of such a text would take something else for its meaning.
+    NaN, Infinity, duplicate keys and texts that are not valid Unicode are refused, because readers of such a text
+    disagree on its meaning.
     """
     count = 0
     invalid = partial(StatusError.invalid, field)

@@ -4,7 +4,7 @@ KEYS: the session's hash; the tenant's index, ids by time of expiry in ms; the s
 sum. All of one tenant's are in one slot of a cluster.
 """
 
-# Beginning of every script that keeps books of what a tenant stores, in the keys 2 and 3 described above.
+# Beginning of every script that accounts for a tenant's stored bytes, in the keys 2 and 3 described above.
 BOOKS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

@@ -147,7 +147,9 @@ class BlockManager:
         seq.num_computed_tokens = seq.num_published_blocks = seq.num_sent_blocks = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Raise AssertionError unless the pool's books equal those of the `sequences` that hold blocks; for tests."""
+        """Raise AssertionError unless the pool's reference counts equal those of the `sequences` that hold blocks; for
+        tests.
+        """
         expected = Counter(block for seq in sequences for block in seq.block_table)
         expected.update(source for source, _ in self._copies)
         free = self._pool.free_blocks()

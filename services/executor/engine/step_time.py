@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from scalellm.services.executor.engine.batch import ScheduledBatch
 
 _EVERY = 4
-"""One of so many steps is observed, because the model changes slowly and there are many steps."""
+"""One of this many steps is observed, because the model changes slowly and there are many steps."""
 
 _MEMORY = 0.998
 """Factor by which each observation's weight decays with the next one: a few hundred steps are remembered."""

@@ -1,6 +1,6 @@
-"""Reading a model's configuration so that no key is ignored: each is read, known not to matter, or refused by name.
+"""Reading of a model's configuration such that no key is ignored: each is read, known to be irrelevant, or refused.
 
-A key that is not looked at may change every number that the model computes, and the answer be fluent all the same.
+An ignored key could change every number that the model computes, although its answers would still look fluent.
 """
 
 import math
@@ -17,7 +17,7 @@ MOST_HEADS = 1 << 16
 MOST_POSITIONS = (1 << 31) - 1
 """Longest context."""
 MOST_LAYERS = 1024
-"""More layers only a damaged file has; each costs memory before anything is loaded."""
+"""Most layers. Only a damaged file has more, and each layer takes memory before anything is loaded."""
 
 
 class ConfigKeys:
@@ -44,12 +44,12 @@ class ConfigKeys:
         return default if value is None else value
 
     def has(self, key: str) -> bool:
-        """Return whether the key is there, if only with a null."""
+        """Return whether the key exists, even if its value is null."""
         self._read.add(key)
         return key in self._values
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = MOST_SIZE) -> int:
-        """Return an integer; a list of equal ones, as some keys are given per layer, is one."""
+        """Return an integer. A list of equal integers, one per layer, counts as one."""
         value = self.get(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
@@ -100,18 +100,18 @@ class ConfigKeys:
         return self._parts[key]
 
     def refusal(self, key: str, why: str) -> UnsupportedModelError:
-        """Return the refusal of a key's value."""
+        """Return the error for a key's value."""
         return UnsupportedModelError(f"{self._where}: {key} is {shown(self._values.get(key))}; {why}")
 
     def refuse_unread(
         self, irrelevant: Collection[str], accepted: Mapping[str, tuple[Any, ...]], *, prefix: str = ""
     ) -> None:
-        """Raise UnsupportedModelError for a key that nothing was made of.
+        """Raise UnsupportedModelError for a key that was not read and may change the model's results.
 
         Args:
-            irrelevant: Keys that change no number.
-            accepted: Values with which a key that was not read changes none.
-            prefix: Prefix of the keys that matter.
+            irrelevant: Keys that do not affect the results.
+            accepted: Values with which an unread key does not affect the results.
+            prefix: Prefix of the keys to check.
         """
         for key in self._values:
             name = key.removeprefix(prefix)
@@ -243,7 +243,7 @@ ACCEPTED_VALUES: Mapping[str, tuple[Any, ...]] = {
     # Scaled rotary embeddings: yarn's and longrope's.
     "attention_factor": (1, 1.0),
 }
-"""Values with which keys that an architecture has no use for mean what it does anyway."""
+"""Values of keys that an architecture does not use, with which they describe what it does anyway."""
 
 IRRELEVANT_GGUF_KEYS = frozenset(
     {
@@ -275,4 +275,4 @@ ACCEPTED_GGUF_VALUES: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (0.0, 1.0),
     "use_parallel_residual": (False,),
 }
-"""Values with which keys that were not read mean what the decoder does anyway."""
+"""Values of unread keys with which they describe what the decoder does anyway."""

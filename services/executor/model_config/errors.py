@@ -1,4 +1,4 @@
-"""The one error a caller of the model and weight code has to know."""
+"""The error of the model and weight code that callers handle."""
 
 
 class UnsupportedModelError(ValueError):

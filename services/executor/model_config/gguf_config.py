@@ -177,7 +177,9 @@ def _scaling(get: "_Keys", rope_factors: Sequence[float] | None) -> RopeScaling 
 
 
 def _yarn(get: "_Keys") -> YarnScaling:
-    """As in llama.cpp; what else it can be told of YaRN is refused, as no published model does."""
+    """Return YaRN's settings, read as in llama.cpp. Two further keys are refused unless they have their defaults, as
+    in all published models.
+    """
     for key, default in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
         if get.number(f"rope.scaling.{key}", default) != default:
             raise get.refusal(f"{get.arch}.rope.scaling.{key}", f"it must be {default:g}")

@@ -21,8 +21,8 @@ class CausalLM:
     """A model with uninitialised weights; `weight_slots` says what to fill them with.
 
     Rotary tables cover `max_model_len` positions (default: all that the model was made for). With the device `meta`
-    nothing is allocated, which serves to count bytes. A rank of several holds the part that `runtime.shard` says; its
-    methods are then called on all ranks alike.
+    nothing is allocated, which is used to count bytes. A rank of several holds the part in `runtime.shard`; methods are
+    then called on all ranks with the same inputs.
 
     Attributes:
         config: of the whole model.
@@ -46,7 +46,8 @@ class CausalLM:
             layer_class(config, layer, self._rope_tables[config.layer_rope(layer)], runtime)
             for layer in range(config.num_layers)
         ]
-        # They are here, not in the layers: a norm adds the output of the layer before it to the residual stream.
+        # Norms are kept here and not in the layers, because a norm adds the previous layer's output to the residual
+        # stream.
         self._input_norms = [RMSNorm(config.hidden_size, config, runtime) for _ in range(config.num_layers)]
         self._norm = RMSNorm(config.hidden_size, config, runtime)
 
@@ -61,7 +62,7 @@ class CausalLM:
         return self._norm(x, residual)
 
     def first_projection(self, x: Tensor) -> Tensor:
-        """Return the queries, keys and values of the first layer, of `x [T, H]`: a product like most of a step's."""
+        """Return the queries, keys and values of the first layer for `x [T, H]`, a typical product of a step."""
         return self._layers[0].self_attn.qkv_proj(x)
 
     def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:

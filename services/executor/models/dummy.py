@@ -19,14 +19,14 @@ def dummy_model(
 ) -> CausalLM:
     """Return a model with random weights of the size that keeps activations near 1, in their final form from the start.
 
-    The runtime alone says which form: how a checkpoint of the model would store its weights does not matter. Takes the
-    memory of the model and that of one matrix. Equal seeds give equal weights on devices of one kind.
+    The form depends on the runtime alone, not on how a checkpoint of the model would store its weights. Takes the
+    memory of the model and of one matrix. Equal seeds give equal weights on devices of one kind.
     """
     model = CausalLM(replace(config, stored_linears=None), runtime, max_model_len=max_model_len)
     generator = torch.Generator(runtime.device)
     with torch.no_grad():
         for slot in model.weight_slots():
-            # By its name: what all ranks hold, such as a router, is the same on each.
+            # The seed depends on the name, so that weights that all ranks hold, such as a router, are the same on each.
             generator.manual_seed(seed + zlib.crc32(slot.name.encode()))
             _fill(slot, generator)
     finish_all(model.weight_slots())

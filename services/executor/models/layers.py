@@ -43,7 +43,7 @@ class RMSNorm:
     def __call__(self, x: ToAdd, residual: Tensor | None = None, *, into: PackedLinear | None = None) -> LinearInput:
         """Norm of `x [T, H]`; with a residual, which is updated in place, norm of their sum.
 
-        Where the one reader of the result is the layer `into`, it comes in the form that this layer multiplies.
+        If the result is only read by the layer `into`, it is returned in the form that this layer multiplies.
         """
         if isinstance(x, Added):
             assert residual is not None
@@ -134,7 +134,7 @@ class Attention:
     def __call__(self, x: LinearInput, ctx: ForwardContext, kv: KVCache, *, residual: Tensor | None = None) -> ToAdd:
         """`[T, H]` -> `[T, H]`; writes the new keys and values into `kv`.
 
-        With a residual the result is to be added to it and used for nothing else, which may be done here.
+        With a residual, the caller only adds the result to it, so that the addition may be done here.
         """
         k_scale, v_scale = self.kv_scales.of(kv)
         q = self._ops.qk_norm_rope_and_cache(
@@ -155,7 +155,7 @@ class Attention:
         return self.o_proj(attended) if residual is None else self.o_proj.added(attended, residual)
 
     def _attend(self, q: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
-        """Return `[T, Hq, D]`. One new token and many differ in what bounds them, and so in the op that suits them."""
+        """Return the attention `[T, Hq, D]`, with separate ops for decodes and chunks, whose bottlenecks differ."""
         out = torch.empty_like(q)
         k_scale, v_scale = self.kv_scales.of(kv)
         num_decodes = 0

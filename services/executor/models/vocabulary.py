@@ -17,9 +17,9 @@ from scalellm.services.executor.models.weight_slot import WeightSlot, finish_wit
 class Vocabulary:
     """The embedding of tokens and the projection to their logits, of one matrix where the model ties them.
 
-    They are in full precision, with one exception. On a CPU whose ops multiply 8-bit weights (`kernels.cpu`), where a
-    small model's output projection is the largest matrix of every step, they have 8 bits whenever linear layers are
-    quantised to 8 or to 4, and what the file has when that is kept. A rank of several has the rows of some tokens.
+    They are in full precision, with one exception. On a CPU whose ops multiply 8-bit weights (`kernels.cpu`), they have
+    8 bits if linear layers are quantised to 8 or 4 bits, and the file's form if that is kept, because a small model's
+    output projection is the largest matrix of every step. A rank of several has the rows of some tokens.
     """
 
     def __init__(self, config: ModelConfig, runtime: ModelRuntime) -> None:
@@ -58,7 +58,8 @@ class Vocabulary:
         return join_columns(self._runtime.shard.collectives.all_gather(padded), self._parts)
 
     def most_likely(self, logits: Tensor) -> Tensor:
-        """Return the token ids `[R]` i64 with the largest logits, the lowest of equals; 16 bytes of each row travel.
+        """Return the token ids `[R]` i64 with the largest logits, the lowest of equals. Ranks exchange 16 bytes per
+        row.
 
         `logits` are those of this rank's tokens.
         """

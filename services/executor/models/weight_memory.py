@@ -34,8 +34,8 @@ class WeightMemory:
 
 
 def zero_pages(size: int) -> Tensor:
-    """Return so many bytes of zeros, which cost time and memory when they are first used."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # what is shared has no huge pages
+    """Return `size` bytes of zeros, which take time and memory only when they are first used."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

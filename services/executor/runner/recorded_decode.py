@@ -1,4 +1,5 @@
-"""Decode steps on a CPU, each recorded before serving or when it first occurs, and made as one call from then on."""
+"""Decode steps on a CPU, which are recorded before serving or at their first occurrence, and then replayed as one
+call."""
 
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class RecordedDecode:
 
     @property
     def has_equal_rows(self) -> bool:
-        """True once a step was recorded with all its parts, which then compute each row as if it were alone."""
+        """True once a step was recorded with all its parts, in which no row's result depends on the other rows."""
         return bool(self._recordings) and self._num_parts == _NUM_PARTS
 
     def run(
@@ -44,7 +45,8 @@ class RecordedDecode:
         inputs: Callable[[int], tuple[Tensor, ForwardContext]],
         draw: Callable[[Tensor], SampleOutput] | None = None,
     ) -> DecodeStep | None:
-        """Run a step; None, and it is still to run, where steps of so many rows or of this model are not recorded.
+        """Run a step. Returns None, without having run it, if steps with this number of rows or of this model are not
+        recorded.
 
         `inputs` returns input ids `[num_rows]` and context, `draw` draws from logits that are at the same address
         whenever there are as many rows. Both are called, and recorded, when the step first occurs with that `draw`.
@@ -65,7 +67,7 @@ class RecordedDecode:
         """Record steps before they occur, without running them: those of one row, of two, and so on up to `most_rows`.
 
         Takes about `limit` seconds at most. Returns the largest number of rows that was recorded. `inputs` and `draw`
-        are as for `run`; what the inputs hold does not matter.
+        are as for `run`; the values of the inputs do not matter.
         """
         end = clock() + limit
         for num_rows in range(1, most_rows + 1):

@@ -33,7 +33,7 @@ _PLACES = {"logit_rows": torch.int64, "rows": torch.int64, "positions": torch.in
 
 @dataclass(frozen=True)
 class Draw:
-    """Tokens on their way from the device: `[R]` i64, and log-probabilities where somebody asked for them.
+    """Tokens on their way from the device: `[R]` i64, and log-probabilities for rows that asked for them.
 
     Read once an event recorded after `Sampler.sample` has passed.
     """

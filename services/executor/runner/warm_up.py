@@ -31,7 +31,7 @@ def warm_up(
 
     Kernels are compiled per variant, by dtypes and by sizes that tile tables divide at powers of two. Prompts of all
     these lengths and every kind of sampling, alone and beside a decode, reach the variants of serving: whatever
-    compiles after this is counted in `runner.late_compiles`. What is left in the cache is never found again.
+    compiles after this is counted in `runner.late_compiles`. Leftover cache content is never found by later requests.
     """
     # First: a capture gives the memory that torch holds for reuse back, page-locked memory, too. What serving takes is
     # thus there after the requests.

@@ -46,7 +46,8 @@ async def follow(
         kept.edge.model_metrics,
         lambda index: None,
         () if repeats else offsets,
-        # Several parts of an answer may come with one token: whoever goes on in between is told the rest of them.
+        # Several parts of an answer may belong to one token, and a client may resume between them. It then gets the
+        # rest.
         by_token=splits(head.request),
     )
     with kept.followed(), transcript.reader(offsets, min_tokens, repeats=repeats) as reader:

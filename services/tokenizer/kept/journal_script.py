@@ -127,15 +127,15 @@ local rest = redis.call('GETRANGE', KEYS[2], ARGV[1], -1)
 return {tonumber(found[1]), tonumber(found[2]) - now, left, found[4] or '', found[5] or '', found[6] and 1 or 0, rest}
 """
 
-# KEYS: head. The worker that has the request, or the next one that takes it over, is to cancel it. Returns 0: there is
-# none.
+# KEYS: head. Marks the request, so that its worker, or the next one that takes it over, cancels it. Returns 0 if there
+# is no journal.
 CANCEL = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('HSET', KEYS[1], 'cancel', 1)
 return 1
 """
 
-# KEYS: head. ARGV: fence as it was read, owner, lease ms. Returns the new fence; 0: somebody else has it, or it ended.
+# KEYS: head. ARGV: fence as it was read, owner, lease ms. Returns the new fence; 0: another worker has it, or it ended.
 TAKE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

@@ -11,7 +11,7 @@ _LEAST_VARIANCE = 0.01
 0."""
 
 _LONGEST = 2.0
-"""A step counts as at most so many times its predicted duration, because longer ones were disturbed by other
+"""A step counts as at most this multiple of its predicted duration, because longer ones were disturbed by other
 processes."""
 
 

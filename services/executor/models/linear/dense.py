@@ -28,7 +28,7 @@ class DenseWeight:
 
     @staticmethod
     def is_multiplied_in_cpp(runtime: ModelRuntime) -> bool:
-        """Return whether a weight of such a runtime may have a dtype of its own."""
+        """Return whether C++ multiplies the weights of a runtime, so that a weight may have a dtype of its own."""
         return runtime.ops.library is not None and runtime.dtype == torch.float32
 
     def part(self, rows: slice) -> tuple[Tensor, ...]:
@@ -62,7 +62,9 @@ class DenseWeight:
         return y if out is None else out.copy_(y)
 
     def fuses(self, rows: int, gate: Gate | None = None) -> bool:
-        """True if products of so many rows take normed inputs, and are to be `gated` with this gate, or `added`."""
+        """True if products with this number of rows take normed inputs, and should be `gated` with this gate, or
+        `added`.
+        """
         return self._ops.takes_fused(rows, gate)
 
     def gated(self, x: Tensor | NormedInput, bias: Tensor | None, gate: Gate) -> Tensor:

@@ -62,7 +62,7 @@ class Fp8Weight:
         return quantise_e4m3(matrix, self._granularity)
 
     def finish(self) -> None:
-        """Do nothing: it is ready."""
+        """Do nothing: the weight needs no preparation."""
 
     def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
         """Return `x W^T + bias`, in the runtime's dtype."""

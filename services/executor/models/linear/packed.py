@@ -46,7 +46,7 @@ class PackedLinear:
         return y if self._bias is None else y.add_(self._bias)
 
     def norms_inputs(self, rows: int) -> bool:
-        """True if this layer takes a `NormedInput` of so many rows."""
+        """True if this layer takes a `NormedInput` with this number of rows."""
         return self._fusing(rows) is not None
 
     def gated(self, x: LinearInput, gate: Gate, op: Callable[..., Tensor], into: "PackedLinear") -> LinearInput:
@@ -67,7 +67,9 @@ class PackedLinear:
         return self(x)
 
     def _fusing(self, rows: int, gate: Gate | None = None) -> DenseWeight | None:
-        """Return the weight if its products of so many rows are to be fused with what is before and after them."""
+        """Return the weight if its products with this number of rows should be fused with the ops around them; else
+        None.
+        """
         weight = self._weight
         if self._collectives is not None or not isinstance(weight, DenseWeight):
             return None
