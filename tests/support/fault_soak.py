@@ -24,6 +24,9 @@ _AT_ONCE = 24
 _HEALING = 5.0
 """Seconds in which services notice that Redis is back; they look every second, and wait for a second."""
 
+_LONG_ENOUGH = 300.0
+"""Seconds of life after which a process shows whether it grows. Faults end most processes within a quarter of an hour."""
+
 _GROWTH = 1.1
 _MARGINS = {"MiB": 12.0, "open files": 16.0, "threads": 4.0}
 """By how much a process may have grown over the last three quarters of its life: allocators breathe, Redis is asked on
@@ -135,7 +138,7 @@ class Soak:
         found = []
         for (name, pid, _), samples in self._samples.items():
             first, last = samples[0].at, samples[-1].at
-            if last - first < self.seconds / 4:
+            if last - first < min(_LONG_ENOUGH, self.seconds / 4):
                 continue
             second = [sample for sample in samples if 0.25 <= (sample.at - first) / (last - first) <= 0.5]
             fourth = [sample for sample in samples if (sample.at - first) / (last - first) >= 0.75]
