@@ -103,8 +103,10 @@ def _prompts(shape: Shape, count: int, name: str) -> list[Conversation]:
 
 
 def _encoding(tokenizer: Service, shape: Shape) -> float:
-    """CPU seconds of the worker's busiest thread for a request with an answer of one token: requests that come at once
-    leave the worker so far apart.
+    """Seconds that a worker needs to pass on a request: requests that come at once leave it so far apart.
+
+    They are half of the CPU time of its busiest thread for a request with an answer of one token, for which it passes
+    on one message in each direction.
     """
     wanted = _prompts(replace(shape, output_len=1), _ENCODED, "encoding")
     asyncio.run(_record(tokenizer.address, wanted[: _ENCODED // 4], 1))  # caches and connections
@@ -112,7 +114,7 @@ def _encoding(tokenizer: Service, shape: Shape) -> float:
     before = {thread.id: thread.user_time + thread.system_time for thread in worker.threads()}
     asyncio.run(_record(tokenizer.address, wanted, 1))
     spent = (thread.user_time + thread.system_time - before.get(thread.id, 0.0) for thread in worker.threads())
-    return max(spent) / _ENCODED
+    return max(spent) / _ENCODED / 2
 
 
 @contextmanager

@@ -25,7 +25,7 @@ _HEALING = 5.0
 """Seconds in which services notice that Redis is back; they look every second, and wait for a second."""
 
 _LONG_ENOUGH = 300.0
-"""Seconds of life after which a process shows whether it grows. Faults end most processes within a quarter of an hour."""
+"""Seconds of life after which a process shows whether it grows. Faults end most processes within 15 minutes."""
 
 _GROWTH = 1.1
 _MARGINS = {"MiB": 12.0, "open files": 16.0, "threads": 4.0}

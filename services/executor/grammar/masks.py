@@ -83,15 +83,15 @@ class Masks:
         return int(token_ids[number % len(token_ids)]) if len(token_ids) else 0
 
     def _compute(self, matchers: Mapping[int, LlMatcher], drafts: Mapping[int, list[int]]) -> None:
-        """Compute the masks of matchers by place, all in one call. After a step in which that took long, they are
-        computed and timed one by one, which is slower, to find the slow matchers.
+        """Compute the masks of matchers by place, all in one call, which uses several cores. If that took long, the
+        masks of the next step are computed and timed one by one, which is slower, to find the slow matchers.
         """
         if self._executor is None:
             self._executor = LLExecutor()
         width = self.rows.shape[1] * self.rows.itemsize
         target = self.rows.ctypes.data, width, self.rows.shape[0]
-        started = time.perf_counter()
-        if self._last_took_long:
+        started, timed = time.perf_counter(), self._last_took_long
+        if timed:
             for place, matcher in matchers.items():
                 began = time.thread_time()
                 matcher.matcher.unsafe_compute_mask_ptr(self.rows[place].ctypes.data, width)
@@ -100,7 +100,7 @@ class Masks:
             self._executor.unsafe_compute_mask_ptr(plain, *target)
         if ahead := [(one.matcher, place, drafts[place]) for place, one in matchers.items() if drafts[place]]:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(ahead, *target)
-        self._last_took_long = time.perf_counter() - started > _LONG_S
+        self._last_took_long = not timed and time.perf_counter() - started > _LONG_S
 
     def _ban(self, place: int, token_ids: Collection[int]) -> None:
         """Remove tokens from a mask, unless it allows no others."""
