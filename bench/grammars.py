@@ -19,7 +19,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, cycle, repeat
+from itertools import chain, cycle, islice, repeat
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -36,6 +37,10 @@ from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 _PROMPT_LEN = 8
 _KV_CACHE_BYTES = 1 << 30
+_COMPARED = MappingProxyType(
+    {"free": "free", "json": "free", "coming and going": "free", "hostile": "coming and going"}
+)
+"""The loads, and the load that each is compared with."""
 
 
 @dataclass
@@ -134,16 +139,19 @@ def measure(engine: Engine, wanted: list[Iterator[Wanted]], num_steps: int) -> S
 def hostile(rows: int) -> list[Iterator[Wanted]]:
     """Return requests by row, those of a quarter with hostile grammars."""
     grammars = [Wanted(grammar) for grammar in HOSTILE.values()]
-    turned = (grammars[row % len(grammars) :] + grammars[: row % len(grammars)] for row in range(rows // 4))
-    return [*map(cycle, turned), *repeated(Wanted(), rows - rows // 4)]
+    return beside_free(rows, lambda row: islice(cycle(grammars), row % len(grammars), None))
 
 
 def coming_and_going(rows: int, stays: Mapping[int, list[int]]) -> list[Iterator[Wanted]]:
     """Return requests by row without grammars, those of a quarter of the rows for so many steps each."""
-    return [
-        *(chain((Wanted(tokens=count) for count in stays.get(row, ())), repeat(Wanted())) for row in range(rows // 4)),
-        *repeated(Wanted(), rows - rows // 4),
-    ]
+    return beside_free(
+        rows, lambda row: chain((Wanted(tokens=count) for count in stays.get(row, ())), repeat(Wanted()))
+    )
+
+
+def beside_free(rows: int, requests_of: Callable[[int], Iterator[Wanted]]) -> list[Iterator[Wanted]]:
+    """Return requests of their own for a quarter of the rows, and requests without a grammar for the others."""
+    return [*map(requests_of, range(rows // 4)), *repeated(Wanted(), rows - rows // 4)]
 
 
 def repeated(one: Wanted, rows: int) -> list[Iterator[Wanted]]:
@@ -165,7 +173,7 @@ def main(
         update={"num_threads": threads, "kv_cache_memory": _KV_CACHE_BYTES, "max_num_seqs": rows, "prefix_cache": False}
     )
     engine = build_engine(settings, lambda line: print(line, file=sys.stderr)).engine
-    found = {name: Steps() for name in ("free", "json", "hostile", "coming and going")}
+    found = {name: Steps() for name in _COMPARED}
     for number in range(rounds + 1):
         disturbed = measure(engine, hostile(rows), steps)
         taken = {
@@ -187,12 +195,7 @@ def main(
         lambda measured: statistics.mean(measured.cpu),
         lambda measured: measured.tokens_per_second,
     ]
-    for name, other in (
-        ("free", "free"),
-        ("json", "free"),
-        ("coming and going", "free"),
-        ("hostile", "coming and going"),
-    ):
+    for name, other in _COMPARED.items():
         cells = [f"{figure(found[name]):.2f} ({figure(found[name]) / figure(found[other]):.2f})" for figure in figures]
         print(f"| {name} | {other} | {' | '.join(cells)} | {found[name].ended_invalid} |", flush=True)
     os._exit(0)  # as the engine's own process ends

@@ -154,12 +154,12 @@ class VirtualFleet:
         """See Target. Raises FleetError for a token that is not the next one of this prompt."""
         link, encoder = next(self._turns)
         self._num_sent += 1
-        request_id = str(self._num_sent)
+        number = self._num_sent
         if self._encoding:
             async with encoder:
                 await asyncio.sleep(self._encoding)
         submit = link_pb2.Submit(
-            request_id=request_id,
+            request_id=str(number),
             token_ids=request.token_ids,
             cache_salt=b"fleet",
             session_id=request.session_id or "",
@@ -167,7 +167,7 @@ class VirtualFleet:
         submit.sampling.n = 1
         submit.sampling.max_tokens = request.output_len
         submit.sampling.ignore_eos = True
-        submit.sampling.seed = int(request_id)
+        submit.sampling.seed = number
         last, position = request.token_ids[-1], len(request.token_ids)
         try:
             receiver = link.submit(submit)

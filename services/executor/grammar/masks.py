@@ -15,7 +15,8 @@ from scalellm.services.executor.grammar.matcher import WORD_BITS, LlMatcher, num
 _ALL = -1  # every bit of a word
 _WORD = 2**WORD_BITS - 1
 _LONG_S = 2e-3
-"""Seconds of all masks of a step above which those of the next one are timed one by one. 64 of JSON take 1 to 2 ms."""
+"""Seconds for all masks of a step above which those of the next step are timed one by one. Timed one by one, the masks
+of 64 rows of JSON took 2.6 ms."""
 
 
 class Masks:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from grammar_kit import ids_of, make_compiler
 from scalellm.services.common.vocabulary import Vocabulary
 from scalellm.services.executor.grammar import LlGrammarCompiler, Masks
 from scalellm.services.executor.grammar.matcher import LlMatcher
@@ -17,13 +18,9 @@ GRAMMAR = "start: /[A-Z]*/"
 
 @pytest.fixture
 def compiler() -> Iterator[LlGrammarCompiler]:
-    compiler = LlGrammarCompiler(letters(32), {0})
+    compiler = make_compiler()
     yield compiler
     compiler.close()
-
-
-def letters(size: int) -> Vocabulary:
-    return Vocabulary([b"<end>", *(bytes([0x40 + place]) for place in range(1, size))], frozenset({0}))
 
 
 def matcher_of(compiler: LlGrammarCompiler, grammar: str = GRAMMAR) -> LlMatcher:
@@ -34,14 +31,16 @@ def matcher_of(compiler: LlGrammarCompiler, grammar: str = GRAMMAR) -> LlMatcher
 def take_masks(matcher: LlMatcher, count: int) -> None:
     """Let the thread compute the masks behind one more letter each, from the first token on."""
     for length in range(count):
-        while not matcher.has_mask([1] * length):
+        token_ids = ids_of("A" * length)
+        while not matcher.has_mask(token_ids):
             time.sleep(1e-3)
-        assert matcher.take_mask([1] * length) is not None
+        assert matcher.take_mask(token_ids) is not None
 
 
 @pytest.mark.parametrize("size", [31, 32, 33, 64])
 def test_the_thread_computes_the_mask_of_a_step(size: int) -> None:
-    compiler = LlGrammarCompiler(letters(size), {0})
+    vocabulary = Vocabulary([b"<end>", *(bytes([0x40 + place]) for place in range(1, size))], frozenset({0}))
+    compiler = LlGrammarCompiler(vocabulary, {0})
     within, before = compiler.start("start: /[A-T]{2}[B-D]?/", [[], []]).matchers()
     masks = Masks(1, size)
     told = [7]  # a prompt of one token
