@@ -270,7 +270,10 @@ class Generation(Call):
             prompt=prompt,
             session=session,
         )
-        if kept is not None and kept.head is head:
+        if kept is None:
+            # If Redis creates the journal after all, whoever takes the id over must not end this execution.
+            submit.ClearField("execution_id")
+        elif kept.head is head:
             self._lease = None  # the kept request ends it
         return kept
 

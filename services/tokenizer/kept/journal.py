@@ -37,11 +37,14 @@ class Written(enum.Enum):
     CANCELLED = 2
     """The write is done, and the request's tenant has cancelled the request."""
     TAKEN = 0
-    """Another worker has taken the request over, or has begun one with this id."""
+    """Another worker has taken the request over."""
     FULL = -1
     """The tenant's journals would exceed their limit, so this request's journal was dropped or not created."""
     GONE = -2
     """The journal no longer exists, because Redis lost it, or a part of it."""
+    OTHER = -3
+    """The id stands for another execution: another call has begun the request, or a client sent it again after Redis
+    lost its journal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +88,24 @@ class Reading:
     """The contents of a journal at one moment.
 
     Attributes:
+        execution: Id of the execution that the journal is of.
         fence: Rises with each worker that takes the request over.
         lease_left: Milliseconds for which no other worker may take the request over.
         time_left: Seconds until the deadline; None: it has none.
         end: The last event, or the status; None while the request has not ended.
         is_cancelled: True if its tenant has cancelled it.
-        steps: Its results since the position from which it was read.
+        edition: Another one each time that the journal is created.
+        steps: Its results since the position from which it was read; if the edition is another one, all of them.
         num_bytes: Position to read on from.
     """
 
+    execution: bytes
     fence: int
     lease_left: int
     time_left: float | None
     end: generation_pb2.Finished | link_pb2.LinkStatus | None
     is_cancelled: bool
+    edition: str
     steps: link_pb2.StepOutput
     num_bytes: int
 
@@ -110,7 +117,9 @@ class Entry:
     Attributes:
         tenant: The tenant.
         request_id: Its id.
+        execution: Id of its execution.
         fence: Fence of the writing worker.
+        number: Rises with each write of a worker.
         num_bytes: Bytes of the tail before the write, as the last write returned them.
         step: New results, a serialised StepOutput.
         end: The end of the request; None: it runs.
@@ -119,7 +128,9 @@ class Entry:
 
     tenant: Tenant
     request_id: str
+    execution: bytes
     fence: int
+    number: int
     num_bytes: int
     step: bytes = b""
     end: generation_pb2.Finished | link_pb2.LinkStatus | None = None
@@ -154,8 +165,18 @@ class Journal:
             digest: bytes | None = await redis.hget(_Keys(tenant, request_id).head, "digest")
         return digest
 
-    async def create(self, tenant: Tenant, head: Head, fence: int, time_left: float | None) -> Written:
-        """Create a journal; time_left: seconds until the deadline, None = none. Returns DONE, TAKEN or FULL."""
+    async def create(
+        self, tenant: Tenant, head: Head, fence: int, time_left: float | None, num_writes: int = 0
+    ) -> Written:
+        """Create a journal. Returns DONE, TAKEN, OTHER or FULL.
+
+        Args:
+            tenant: The tenant.
+            head: The request.
+            fence: Fence of this worker.
+            time_left: Seconds until the deadline; None = none.
+            num_writes: Number of this worker's last write to an earlier journal of the request.
+        """
         keys = _Keys(tenant, head.request_id)
         fields: dict[str, str | bytes] = {
             "execution": head.submit.execution_id,
@@ -168,7 +189,7 @@ class Journal:
         }
         flat: list[str | bytes] = [part for pair in fields.items() for part in pair]
         left = "" if time_left is None else str(int(time_left * 1e3))
-        what = (self._limit(tenant), self._ttl_ms, self._lease_ms, str(fence), self._owner, left)
+        what = (self._limit(tenant), self._ttl_ms, self._lease_ms, str(fence), self._owner, left, str(num_writes))
         async with self._reach() as redis:
             outcome = await redis.eval(journal_script.CREATE, 4, *keys.all, keys.prefix, head.request_id, *what, *flat)
         return Written(outcome)
@@ -193,14 +214,14 @@ class Journal:
         except (DecodeError, UnicodeDecodeError):
             raise _unreadable(request_id) from None
 
-    async def read(self, tenant: Tenant, request_id: str, num_bytes: int) -> Reading | None:
-        """Read a journal, with its tail from `num_bytes` on; None if there is no journal."""
+    async def read(self, tenant: Tenant, request_id: str, num_bytes: int = 0, edition: str = "") -> Reading | None:
+        """Read a journal, with its tail from `num_bytes` of `edition` on; None if there is no journal."""
         keys = _Keys(tenant, request_id)
         async with self._reach() as redis:
-            found = await redis.eval(journal_script.READ, 2, keys.head, keys.tail, str(num_bytes))
+            found = await redis.eval(journal_script.READ, 2, keys.head, keys.tail, str(num_bytes), edition)
         if not found:
             return None
-        fence, lease_left, time_left, finished, error, is_cancelled, rest = found
+        execution, fence, lease_left, time_left, finished, error, is_cancelled, known, start, rest = found
         try:
             end: generation_pb2.Finished | link_pb2.LinkStatus | None = None
             if finished:
@@ -211,19 +232,23 @@ class Journal:
         except DecodeError:
             raise _unreadable(request_id) from None
         left = float(time_left) / 1e3 if time_left else None
-        return Reading(fence, lease_left, left, end, bool(is_cancelled), steps, num_bytes + len(rest))
+        return Reading(
+            execution, fence, lease_left, left, end, bool(is_cancelled), known.decode(), steps, start + len(rest)
+        )
 
-    async def take(self, tenant: Tenant, request_id: str, fence: int) -> int:
+    async def take(self, tenant: Tenant, request_id: str, execution: bytes, fence: int) -> int:
         """Take over a request whose worker's lease has expired. Returns the new fence; 0: another worker has it.
 
         Args:
             tenant: The tenant.
             request_id: Its id.
+            execution: Id of its execution.
             fence: The fence that was read before.
         """
         async with self._reach() as redis:
             head = _Keys(tenant, request_id).head
-            return int(await redis.eval(journal_script.TAKE, 1, head, str(fence), self._owner, self._lease_ms))
+            claim = (str(fence), self._owner, self._lease_ms, execution)
+            return int(await redis.eval(journal_script.TAKE, 1, head, *claim))
 
     async def cancel(self, tenant: Tenant, request_id: str) -> bool:
         """Mark a request as cancelled, which its worker finds with its next write. Returns False if there is no
@@ -252,11 +277,11 @@ class Journal:
                     raise answer
         return [(Written(code), num_bytes) for code, num_bytes in answers]
 
-    async def forget(self, tenant: Tenant, request_id: str, fence: int) -> None:
+    async def forget(self, tenant: Tenant, request_id: str, execution: bytes, fence: int) -> None:
         """Remove a journal if this worker still owns it, which frees the request's id."""
         async with self._reach() as redis:
             keys = _Keys(tenant, request_id)
-            await redis.eval(journal_script.FORGET, 4, *keys.all, request_id, str(fence))
+            await redis.eval(journal_script.FORGET, 4, *keys.all, request_id, str(fence), execution)
 
     def _write_call(self, entry: Entry) -> tuple[Sequence[str], Sequence[str | bytes]]:
         keys = _Keys(entry.tenant, entry.request_id)
@@ -267,7 +292,7 @@ class Journal:
         lease = "0" if entry.gives_up else self._lease_ms
         return keys.all, (
             keys.prefix, entry.request_id, self._limit(entry.tenant), self._ttl_ms, lease, str(entry.fence),
-            str(entry.num_bytes), entry.step, name, end,
+            str(entry.num_bytes), entry.step, name, end, entry.execution, str(entry.number),
         )  # fmt: skip
 
     def _limit(self, tenant: Tenant) -> str:

@@ -15,14 +15,14 @@ import grpc
 from scalellm.services.common.api_keys import Tenant
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.field_rules import MIN_PRIORITY
-from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Written
+from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Reading, Written
 from scalellm.services.tokenizer.kept.run import Run
 from scalellm.services.tokenizer.kept.transcript import Transcript
 from scalellm.services.tokenizer.latency import LatencyTrace
 from scalellm.services.tokenizer.prompt_builder import Prompt
 from scalellm.services.tokenizer.quotas import Lease
 from scalellm.services.tokenizer.session import Session
-from scalellm.v1 import generation_pb2
+from scalellm.v1 import generation_pb2, link_pb2
 
 if TYPE_CHECKING:
     from scalellm.services.tokenizer.generation.edge import Edge
@@ -73,6 +73,7 @@ class KeptRequest:
         transcript: Its results.
         num_followers: Calls that read it.
         was_refused: True if it was refused before it ran, so that its id is free.
+        was_replaced: True if its id stands for another execution, which a client began after Redis lost the journal.
         is_journaled: True if the last write to its journal succeeded.
     """
 
@@ -108,12 +109,14 @@ class KeptRequest:
         self.is_journaled = fence > 0
         self._mark = self._next_mark = self.transcript.begin()
         self._num_bytes = 0
+        self._num_writes = 0
         self._renewed_at = time.monotonic()
         self._end_is_written = False
         self._writes_nothing = False
         self._written = asyncio.Event()
         self._accepted = asyncio.Event()
         self.was_refused = False
+        self.was_replaced = False
         if not fence:
             self._accepted.set()
         self._is_cancelled = False
@@ -125,6 +128,11 @@ class KeptRequest:
     def is_here(self) -> bool:
         """True if this worker runs, or ran, the request."""
         return self._fence > 0
+
+    @property
+    def has_its_id(self) -> bool:
+        """True while its id stands for it."""
+        return not (self.was_refused or self.was_replaced)
 
     def start(self, on_end: Callable[[KeptRequest], None]) -> None:
         """Start running or following it; `on_end` is called when that has ended and its journal is complete."""
@@ -189,10 +197,29 @@ class KeptRequest:
         end = transcript.finished or transcript.error
         if not data and end is None and time.monotonic() < self._renewed_at + renew_every:
             return None
-        return Entry(self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end)
+        return self._entry(data, end)
+
+    def _entry(
+        self, data: bytes, end: generation_pb2.Finished | link_pb2.LinkStatus | None, *, gives_up: bool = False
+    ) -> Entry:
+        self._num_writes += 1
+        submit = self.head.submit
+        return Entry(
+            self.tenant,
+            submit.request_id,
+            submit.execution_id,
+            self._fence,
+            self._num_writes,
+            self._num_bytes,
+            data,
+            end,
+            gives_up,
+        )
 
     async def wrote(self, entry: Entry, outcome: Written | None, num_bytes: int = 0) -> None:
         """Handle the outcome of a write (None = Redis did not answer), after which the tail has `num_bytes` bytes."""
+        if entry.fence != self._fence:
+            return  # this worker has lost the request since, and may have taken it over again
         self.is_journaled = outcome in (Written.DONE, Written.CANCELLED)
         if outcome is None:
             return
@@ -207,7 +234,8 @@ class KeptRequest:
                 self._cancel_here()
         elif outcome is Written.GONE:
             self._mark, self._num_bytes = self.transcript.begin(), 0
-            created = await self._journal.create(self.tenant, self.head, self._fence, self._seconds_left())
+            left = self._seconds_left()
+            created = await self._journal.create(self.tenant, self.head, self._fence, left, self._num_writes)
             if created is not Written.DONE:
                 self._write_no_more(created)
         else:
@@ -219,6 +247,7 @@ class KeptRequest:
             self._fence = 0
             self._owning.cancel()
             return
+        self.was_replaced = outcome is Written.OTHER
         _log.warning("request %s is not kept any longer: %s", self.head.request_id, outcome.name.lower())
         self._writes_nothing = True
         self._written.set()
@@ -280,16 +309,13 @@ class KeptRequest:
     async def _follow_elsewhere(self) -> None:
         """Read the journal until the request has ended, or this worker has taken it over."""
         self._end_lease()
-        self._num_bytes = 0
+        num_bytes, edition = 0, ""
         while True:
-            reading = await self._journal.read(self.tenant, self.head.request_id, self._num_bytes)
+            reading = await self._journal.read(self.tenant, self.head.request_id, num_bytes, edition)
             if reading is None:
                 raise no_request(self.head.request_id)
-            try:
-                self.transcript.apply(reading.steps)
-            except (ValueError, IndexError):
-                raise no_request(self.head.request_id) from None
-            self._num_bytes = reading.num_bytes
+            self._apply(reading, self.transcript)
+            num_bytes, edition = reading.num_bytes, reading.edition
             if reading.end is None:
                 self._is_known.set()
             else:
@@ -299,7 +325,7 @@ class KeptRequest:
                 self._is_known.set()
                 return
             if reading.lease_left <= 0:
-                fence = await self._journal.take(self.tenant, self.head.request_id, reading.fence)
+                fence = await self._journal.take(self.tenant, self.head.request_id, reading.execution, reading.fence)
                 if fence:
                     await self._take_over(fence, reading.time_left)
                     self._is_cancelled = reading.is_cancelled
@@ -308,13 +334,31 @@ class KeptRequest:
             if not self.num_followers:
                 raise asyncio.CancelledError
 
+    def _apply(self, reading: Reading, transcript: Transcript) -> None:
+        """Add what was read to a transcript. Raises StatusError NOT_FOUND if it is not of this execution, or lacks
+        something.
+        """
+        if reading.execution != self.head.submit.execution_id:
+            raise no_request(self.head.request_id)
+        try:
+            transcript.apply(reading.steps)
+        except (ValueError, IndexError):
+            raise no_request(self.head.request_id) from None
+
     async def _take_over(self, fence: int, time_left: float | None) -> None:
-        """Prepare to run the request here, after reading the last writes of its old worker, which is fenced off."""
-        reading = await self._journal.read(self.tenant, self.head.request_id, self._num_bytes)
+        """Prepare to run the request here, after reading all writes of its old worker, which is fenced off.
+
+        This worker may know more than the journal has, if it ran the request before. So the position up to which the
+        journal is complete follows from the journal alone.
+        """
+        reading = await self._journal.read(self.tenant, self.head.request_id)
+        written = Transcript(self.head.submit)
+        self._num_bytes = 0
         if reading is not None:
-            self.transcript.apply(reading.steps)
+            self._apply(reading, written)
+            self._apply(reading, self.transcript)
             self._num_bytes = reading.num_bytes
-        _, self._mark = self.transcript.since(self.transcript.begin())
+        _, self._mark = written.since(written.begin())
         self._fence, self._time_left, self._timed_at = fence, time_left, time.monotonic()
         self._renewed_at = time.monotonic()
         self._trace, self._prompt, self._session = None, None, None
@@ -350,7 +394,8 @@ class KeptRequest:
             self._writes_nothing = True
             self._written.set()
             with contextlib.suppress(StatusError):
-                await self._journal.forget(self.tenant, self.head.request_id, self._fence)
+                submit = self.head.submit
+                await self._journal.forget(self.tenant, submit.request_id, submit.execution_id, self._fence)
             self._refuse(error)
             return
         if error.code in _GONE:
@@ -380,7 +425,7 @@ class KeptRequest:
         step, _ = self.transcript.since(self._mark)
         data = step.SerializeToString()
         end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)
-        entry = Entry(self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end, gives_up=end is None)
+        entry = self._entry(data, end, gives_up=end is None)
         self._writes_nothing = True
         with contextlib.suppress(StatusError):  # without this write its lease expires
             await self._journal.write([entry])

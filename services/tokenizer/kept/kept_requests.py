@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ class KeptRequests:
         FAILED_PRECONDITION if its model is no longer served.
         """
         key = (tenant.name, request_id)
-        if (kept := self._by_id.get(key)) is not None and not kept.was_refused:
+        if (kept := self._by_id.get(key)) is not None and kept.has_its_id:
             return kept
         if self._journal is None:
             raise StatusError(
@@ -79,7 +80,7 @@ class KeptRequests:
             )
         head = await self._journal.head(tenant, request_id)
         # it may have been begun during the look-up
-        if (kept := self._by_id.get(key)) is not None and not kept.was_refused:
+        if (kept := self._by_id.get(key)) is not None and kept.has_its_id:
             return kept
         if head is None:
             raise no_request(request_id)
@@ -108,8 +109,8 @@ class KeptRequests:
         """Cancel a request and remove its journal. Raises StatusError NOT_FOUND, UNAVAILABLE."""
         kept = await self.cancel(edges, tenant, request_id)
         await kept.stop()  # a later write would create its journal again
-        if self._journal is not None and (reading := await self._journal.read(tenant, request_id, 0)) is not None:
-            await self._journal.forget(tenant, request_id, reading.fence)
+        if self._journal is not None and (reading := await self._journal.read(tenant, request_id)) is not None:
+            await self._journal.forget(tenant, request_id, reading.execution, reading.fence)
 
     async def find_same(
         self, edge: Edge, tenant: Tenant, request: generation_pb2.GenerateRequest
@@ -154,7 +155,7 @@ class KeptRequests:
             if self._log_limit.admit() is not None:
                 _log.warning("request %s cannot be kept: %s", head.request_id, error.message)
             return None
-        if outcome is Written.TAKEN:
+        if outcome in (Written.TAKEN, Written.OTHER):
             return await self.find_same(edge, tenant, head.request)
         if outcome is not Written.DONE:
             edge.metrics.count_limited("kept_bytes")
@@ -171,7 +172,12 @@ class KeptRequests:
             prompt=prompt,
             session=session,
         )
-        self._start(kept)
+        try:
+            self._start(kept)
+        except StatusError:  # the service is shutting down
+            with contextlib.suppress(StatusError):
+                await self._journal.forget(tenant, head.request_id, head.submit.execution_id, 1)
+            raise
         return kept
 
     async def run(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 
 import grpc
 import pytest
+import redis as redis_client
 
 from kept_client import Client, ids, request, serving
 from line import scrape
@@ -286,3 +288,32 @@ async def test_a_stream_goes_on_without_redis(client, scheduler, start, connect,
     assert open_keys() == []
     await disturb(redis.stop)
     await one.channel.close()
+
+
+async def test_an_id_that_is_used_again_stands_for_one_answer(client, scheduler, start, connect, redis, open_keys):
+    """Redis loses what it has of a request that runs, and the client sends it again, without a seed, elsewhere."""
+    first, second = start(), start()
+    one, two = await serving(connect, first), await serving(connect, second)
+    go = asyncio.Event()
+    scheduler.play = lambda submit: Script(hold_after=20, go=go)
+    older, newer = (Client(request(60, seed=None, request_id="used-again")) for _ in range(2))
+    reading = [asyncio.create_task(older.begin(one))]
+    await eventually(lambda: sum(older.offsets) > 5)
+    with closing(redis_client.Redis.from_url(redis.url)) as own_store:
+        own_store.flushall()
+    reading.append(asyncio.create_task(newer.begin(two)))
+    await eventually(lambda: sum(newer.offsets) > 5)
+    await eventually(lambda: scrape(first)["scalellm_tokenizer_kept_unwritten"] == 1)  # it knows that it lost its id
+    go.set()
+    await asyncio.gather(*reading)
+    assert [submit.attempt for submit in scheduler.submits] == [0, 0]
+    for answer, submit in zip((older, newer), scheduler.submits, strict=True):
+        assert answer.tokens == [default_tokens(submit, 0)]
+    assert older.tokens != newer.tokens
+    for other in (one, two):
+        late = Client(newer.request)
+        await late.begin(other)
+        late.check(newer)
+        await other.channel.close()
+    assert len(scheduler.submits) == 2
+    assert open_keys() == []
