@@ -31,7 +31,8 @@ ROWS = 36
 """Sequences that the engine runs at once."""
 QUEUE = 64
 """Requests that may wait in the scheduler."""
-_TOKENS = 256
+_TOKENS = (128, 384)
+"""Fewest and most tokens of an answer."""
 _BURST_SECONDS = 5.0
 """Seconds after which the calls that all clients began with, in one moment, are answered."""
 _FLOODS = {
@@ -132,11 +133,11 @@ def _overload(line: Line, seconds: float) -> dict[str, Any]:
 
 def _beside(line: Line, seconds: float, flood: tuple[int, int] | None) -> dict[str, float]:
     """A tenant with one short request at a time, beside another one's flood."""
-    quiet = Crowd(line.address, line.keys[0], 1, 16, seconds, pause=0.2, starts_after=2)
+    quiet = Crowd(line.address, line.keys[0], 1, (16, 16), seconds, pause=0.2, starts_after=2)
     with processes(2) as pool:
         if flood is not None:
             clients, tokens = flood
-            start(pool, Crowd(line.address, line.keys[1], clients, tokens, seconds + 4))
+            start(pool, Crowd(line.address, line.keys[1], clients, (tokens, tokens), seconds + 4))
         return _figures(start(pool, quiet).result().outcomes, seconds)
 
 

@@ -29,7 +29,8 @@ class Crowd:
         address: host:port of the tokenizer.
         key: The tenant's API key.
         clients: Number of clients; with `per_second`, of those who share the connections.
-        max_tokens: Most tokens of an answer.
+        num_tokens: Fewest and most tokens of an answer. Answers of one length that begin together also end together,
+            which keeps the cores busy by turns and idle by turns.
         seconds: For how long new requests are sent. Those that run then are cancelled.
         pause: Seconds between an answer and the client's next request.
         after_refusal: Seconds that a refused client waits; None: as long as it was told, as clients should.
@@ -41,7 +42,7 @@ class Crowd:
     address: str
     key: str
     clients: int
-    max_tokens: int
+    num_tokens: tuple[int, int]
     seconds: float
     pause: float = 0.0
     after_refusal: float | None = None
@@ -128,8 +129,9 @@ async def _come_back(crowd: Crowd, stubs: Sequence[GenerationStub], outcomes: li
     """Let each client ask again once its request has ended."""
 
     async def run(number: int) -> None:
+        draw = random.Random(number)
         while True:
-            outcome = await _ask(crowd, stubs[number % len(stubs)], number)
+            outcome = await _ask(crowd, stubs[number % len(stubs)], number, draw)
             outcomes.append(outcome)
             if outcome.code == "OK":
                 await asyncio.sleep(crowd.pause)
@@ -144,7 +146,7 @@ async def _arrive(crowd: Crowd, stubs: Sequence[GenerationStub], outcomes: list[
     draw, due = random.Random(0), time.monotonic()
 
     async def run(number: int) -> None:
-        outcomes.append(await _ask(crowd, stubs[number % len(stubs)], number))
+        outcomes.append(await _ask(crowd, stubs[number % len(stubs)], number, draw))
 
     async with asyncio.TaskGroup() as group:
         for number in itertools.count():
@@ -153,10 +155,10 @@ async def _arrive(crowd: Crowd, stubs: Sequence[GenerationStub], outcomes: list[
             group.create_task(run(number))
 
 
-async def _ask(crowd: Crowd, stub: GenerationStub, number: int) -> Outcome:
+async def _ask(crowd: Crowd, stub: GenerationStub, number: int, draw: random.Random) -> Outcome:
     request = generation_pb2.GenerateRequest(
         prompt=f"Client {number}. Once upon a time",
-        sampling=common_pb2.SamplingParams(max_tokens=crowd.max_tokens, ignore_eos=True),
+        sampling=common_pb2.SamplingParams(max_tokens=draw.randint(*crowd.num_tokens), ignore_eos=True),
         # A message more costs the clients' cores, which are the services', too.
         stream_interval=64,
     )
