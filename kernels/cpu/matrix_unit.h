@@ -43,6 +43,7 @@ class MatrixUnit {
   // x [rows, words], rows being `stride` bytes apart, times weights [words, kUnitColumns], which are not apart.
   void add(const void* x, int64_t stride, const void* weights) {
     constexpr int64_t kRowBytes = 4 * kUnitColumns;
+    finish_stores(x, weights);
     _tile_loadd(6, weights, kRowBytes);
     _tile_loadd(7, static_cast<const char*>(weights) + kRowBytes / 2, kRowBytes);
     _tile_loadd(4, x, stride);
@@ -90,6 +91,13 @@ class MatrixUnit {
   };
   static_assert(sizeof(Configuration) == 64);
 
+  // The macros of g++ 12 do not tell the compiler what a tile or a configuration is loaded from, so it would leave out
+  // stores that nothing else reads. This tells it that everything reachable from the pointers is read here.
+  template <class... Pointers>
+  static void finish_stores(Pointers... from) {
+    (([&] { __asm__ volatile("" : : "r"(from) : "memory"); }()), ...);
+  }
+
   void configure(int rows, int words) {
     const int upper = rows < kHalf ? rows : kHalf, lower = rows - upper;
     Configuration c;
@@ -98,6 +106,7 @@ class MatrixUnit {
     c.set(4, upper, 4 * words);
     c.set(5, lower, 4 * words);
     for (const int tile : {6, 7}) c.set(tile, words, 64);
+    finish_stores(&c);
     _tile_loadconfig(&c);
     rows_ = rows;
     words_ = words;
