@@ -180,7 +180,9 @@ class Stream:
         self.has_begun = True
         match response.WhichOneof("event"):
             case "started":
-                self.request_id, self.is_resumable = response.started.request_id, response.started.resumable
+                request_id = response.started.request_id
+                assert self.request_id in ("", request_id), f"stream {self.number}: became {request_id} on its way"
+                self.request_id, self.is_resumable = request_id, response.started.resumable
             case "delta":
                 delta = response.delta
                 assert delta.index not in self.ends, f"stream {self.number}: something came after a sample's end"
