@@ -18,8 +18,10 @@ from rich.console import Console
 from bench.load.vocabulary import Vocabulary
 from bench.peers.environments import Environments, PeerError
 from bench.peers.measure import Plan, Round, measure_round, summarise
+from bench.peers.memory import read_bandwidth
 from bench.peers.ours import Ours
 from bench.peers.report import Report, console, machine
+from bench.peers.shapes import SHAPES
 from bench.peers.systems import PEERS, Form, System
 from bench.peers.weights import Weights
 from bench.peers.workloads import Workload, workloads
@@ -184,6 +186,9 @@ def main(
     model: Annotated[str, typer.Option(help="A name from `scalellm models list`, or a path with a .gguf file.")] = (
         "smollm2-135m-instruct"
     ),
+    shape: Annotated[
+        str, typer.Option(help=f"Random weights in the shape of {' or '.join(SHAPES)}, with --model's tokenizer.")
+    ] = "",
     home: Annotated[Path, typer.Option(envvar="SCALELLM_HOME", help="The model store.")] = Path("~/.cache/scalellm"),
     output: Annotated[Path | None, typer.Option(help="The JSON file; default: one in bench/results/.")] = None,
 ) -> None:
@@ -202,9 +207,14 @@ def main(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if shape and shape not in SHAPES:
+        raise typer.BadParameter(f"--shape: {shape!r} is not known, only {', '.join(SHAPES)}")
     wanted = systems.split(",")
     threads = threads or len(os.sched_getaffinity(0))
     weights = Weights(source, home / "peers" / "weights")
+    if shape:
+        model, path = shape, weights.in_shape(shape)
+        weights = Weights(path, home / "peers" / "weights")
     environments = Environments(home / "peers", may_install=install)
     makers: dict[str, Callable[[], System]] = {
         name: partial(make, environments, weights, threads) for name, make in PEERS.items()
@@ -215,7 +225,15 @@ def main(
         raise typer.BadParameter(f"--systems: {', '.join(unknown)}: known are {', '.join(makers)}")
     options = {"threads": threads, "rounds": rounds, "seed": seed, "quick": quick, "workloads": loads}
     options |= {"concurrency": concurrency, "input_len": input_len, "output_len": output_len}
-    report = Report({**machine(), "model": model, "weights_sha256": weights.sha256, "options": options})
+    report = Report(
+        {
+            **machine(),
+            "read_gb_per_s": read_bandwidth(threads),
+            "model": model,
+            "weights_sha256": weights.sha256,
+            "options": options,
+        }
+    )
     if output is None and not quick:
         cpus = report.header["cpus"]
         output = _RESULTS / f"{datetime.now(UTC).date()}-peers-{cpus}-cores.json"

@@ -13,6 +13,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from bench.peers.gguf_fields import add_fields
+from bench.peers.shapes import SHAPES, write_random
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 _CONVERTED = {
@@ -37,6 +39,15 @@ class Weights:
     def __init__(self, source: Path, folder: Path) -> None:
         self.source = source
         self._parent = folder
+
+    def in_shape(self, shape: str) -> Path:
+        """A GGUF file, alone in its folder, with random weights in one of SHAPES and the source's tokenizer."""
+
+        def make(folder: Path) -> None:
+            folder.mkdir(exist_ok=True)
+            write_random(folder / "model.gguf", SHAPES[shape], f"{shape}, random weights", self.source)
+
+        return self._made(shape, make) / "model.gguf"
 
     @cached_property
     def sha256(self) -> str:
@@ -107,11 +118,7 @@ def _convert(source: Path, target: Path, tensor_type: gguf.GGMLQuantizationType,
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     own = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
-    for field in reader.fields.values():
-        if field.name not in own:
-            outer = field.types[0]
-            inner = field.types[-1] if outer == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), outer, sub_type=inner)
+    add_fields(writer, [field for field in reader.fields.values() if field.name not in own])
     writer.add_file_type(file_type)
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
