@@ -314,6 +314,15 @@ def digest(request: generation_pb2.GenerateRequest) -> bytes:
     return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
 
+def no_request(request_id: str) -> StatusError:
+    """Return the error NOT_FOUND for an id under which the tenant has no request."""
+    return StatusError(
+        grpc.StatusCode.NOT_FOUND,
+        f"request_id: no request {request_id!r} is kept: it did not begin with ON_DISCONNECT_KEEP, or its time has "
+        "passed",
+    )
+
+
 class _Keys:
     """The Redis keys of one request. In a Redis cluster, the part in braces decides the slot."""
 

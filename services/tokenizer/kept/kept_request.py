@@ -15,14 +15,15 @@ import grpc
 from scalellm.services.common.api_keys import Tenant
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.field_rules import MIN_PRIORITY
-from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Reading, Written
+from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Written, no_request
 from scalellm.services.tokenizer.kept.run import Run
 from scalellm.services.tokenizer.kept.transcript import Transcript
+from scalellm.services.tokenizer.kept.written_part import WrittenPart
 from scalellm.services.tokenizer.latency import LatencyTrace
 from scalellm.services.tokenizer.prompt_builder import Prompt
 from scalellm.services.tokenizer.quotas import Lease
 from scalellm.services.tokenizer.session import Session
-from scalellm.v1 import generation_pb2, link_pb2
+from scalellm.v1 import generation_pb2
 
 if TYPE_CHECKING:
     from scalellm.services.tokenizer.generation.edge import Edge
@@ -107,10 +108,7 @@ class KeptRequest:
         self.transcript = Transcript(head.submit)
         self.num_followers = 0
         self.is_journaled = fence > 0
-        self._mark = self._next_mark = self.transcript.begin()
-        self._num_bytes = 0
-        self._num_writes = 0
-        self._renewed_at = time.monotonic()
+        self._written_part = WrittenPart(tenant, head, self.transcript)
         self._end_is_written = False
         self._writes_nothing = False
         self._written = asyncio.Event()
@@ -191,30 +189,10 @@ class KeptRequest:
         """Return the entry to write to the journal now, or None. `wrote` must follow."""
         if not self.is_here or self._writes_nothing or self._end_is_written:
             return None
-        transcript = self.transcript
-        step, self._next_mark = transcript.since(self._mark)
-        data = step.SerializeToString()
-        end = transcript.finished or transcript.error
-        if not data and end is None and time.monotonic() < self._renewed_at + renew_every:
-            return None
-        return self._entry(data, end)
-
-    def _entry(
-        self, data: bytes, end: generation_pb2.Finished | link_pb2.LinkStatus | None, *, gives_up: bool = False
-    ) -> Entry:
-        self._num_writes += 1
-        submit = self.head.submit
-        return Entry(
-            self.tenant,
-            submit.request_id,
-            submit.execution_id,
-            self._fence,
-            self._num_writes,
-            self._num_bytes,
-            data,
-            end,
-            gives_up,
-        )
+        part = self._written_part
+        entry = part.next_entry(self._fence, self.transcript.finished or self.transcript.error)
+        is_due = entry.step or entry.end is not None or time.monotonic() >= part.renewed_at + renew_every
+        return entry if is_due else None
 
     async def wrote(self, entry: Entry, outcome: Written | None, num_bytes: int = 0) -> None:
         """Handle the outcome of a write (None = Redis did not answer), after which the tail has `num_bytes` bytes."""
@@ -223,19 +201,19 @@ class KeptRequest:
         self.is_journaled = outcome in (Written.DONE, Written.CANCELLED)
         if outcome is None:
             return
-        self._renewed_at = time.monotonic()
+        part = self._written_part
+        part.renewed_at = time.monotonic()
         if self.is_journaled:
-            self._mark = self._next_mark
-            self._num_bytes = num_bytes
+            part.wrote(num_bytes)
             self._end_is_written = entry.end is not None
             if self._end_is_written:
                 self._written.set()
             if outcome is Written.CANCELLED:
                 self._cancel_here()
         elif outcome is Written.GONE:
-            self._mark, self._num_bytes = self.transcript.begin(), 0
+            part.forget()
             left = self._seconds_left()
-            created = await self._journal.create(self.tenant, self.head, self._fence, left, self._num_writes)
+            created = await self._journal.create(self.tenant, self.head, self._fence, left, part.num_writes)
             if created is not Written.DONE:
                 self._write_no_more(created)
         else:
@@ -314,7 +292,7 @@ class KeptRequest:
             reading = await self._journal.read(self.tenant, self.head.request_id, num_bytes, edition)
             if reading is None:
                 raise no_request(self.head.request_id)
-            self._apply(reading, self.transcript)
+            self._written_part.apply(reading, self.transcript)
             num_bytes, edition = reading.num_bytes, reading.edition
             if reading.end is None:
                 self._is_known.set()
@@ -334,33 +312,10 @@ class KeptRequest:
             if not self.num_followers:
                 raise asyncio.CancelledError
 
-    def _apply(self, reading: Reading, transcript: Transcript) -> None:
-        """Add what was read to a transcript. Raises StatusError NOT_FOUND if it is not of this execution, or lacks
-        something.
-        """
-        if reading.execution != self.head.submit.execution_id:
-            raise no_request(self.head.request_id)
-        try:
-            transcript.apply(reading.steps)
-        except (ValueError, IndexError):
-            raise no_request(self.head.request_id) from None
-
     async def _take_over(self, fence: int, time_left: float | None) -> None:
-        """Prepare to run the request here, after reading all writes of its old worker, which is fenced off.
-
-        This worker may know more than the journal has, if it ran the request before. So the position up to which the
-        journal is complete follows from the journal alone.
-        """
-        reading = await self._journal.read(self.tenant, self.head.request_id)
-        written = Transcript(self.head.submit)
-        self._num_bytes = 0
-        if reading is not None:
-            self._apply(reading, written)
-            self._apply(reading, self.transcript)
-            self._num_bytes = reading.num_bytes
-        _, self._mark = written.since(written.begin())
+        """Prepare to run the request here, after reading all writes of its old worker, which is fenced off."""
+        self._written_part.set_to(await self._journal.read(self.tenant, self.head.request_id))
         self._fence, self._time_left, self._timed_at = fence, time_left, time.monotonic()
-        self._renewed_at = time.monotonic()
         self._trace, self._prompt, self._session = None, None, None
         self._end_is_written = self._writes_nothing = False
         self.edge.metrics.taken_over.inc()
@@ -422,10 +377,8 @@ class KeptRequest:
                 await self._write_last(error)
 
     async def _write_last(self, error: StatusError) -> None:
-        step, _ = self.transcript.since(self._mark)
-        data = step.SerializeToString()
         end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)
-        entry = self._entry(data, end, gives_up=end is None)
+        entry = self._written_part.next_entry(self._fence, end, gives_up=end is None)
         self._writes_nothing = True
         with contextlib.suppress(StatusError):  # without this write its lease expires
             await self._journal.write([entry])
@@ -434,12 +387,3 @@ class KeptRequest:
         self.transcript.end(error.to_link())
         self.was_refused = True
         self._accepted.set()
-
-
-def no_request(request_id: str) -> StatusError:
-    """Return the error NOT_FOUND for an id under which the tenant has no request."""
-    return StatusError(
-        grpc.StatusCode.NOT_FOUND,
-        f"request_id: no request {request_id!r} is kept: it did not begin with ON_DISCONNECT_KEEP, or its time has "
-        "passed",
-    )

@@ -12,8 +12,8 @@ import grpc
 from scalellm.services.common.api_keys import Tenant
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.logs import LineLimit
-from scalellm.services.tokenizer.kept.journal import Head, Journal, Written
-from scalellm.services.tokenizer.kept.kept_request import KeptRequest, no_request
+from scalellm.services.tokenizer.kept.journal import Head, Journal, Written, no_request
+from scalellm.services.tokenizer.kept.kept_request import KeptRequest
 from scalellm.services.tokenizer.latency import LatencyTrace
 from scalellm.services.tokenizer.prompt_builder import Prompt
 from scalellm.services.tokenizer.quotas import Lease
