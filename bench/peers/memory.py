@@ -1,4 +1,4 @@
-"""What the memory of this machine gives."""
+"""Bandwidth of this machine's memory."""
 
 from __future__ import annotations
 

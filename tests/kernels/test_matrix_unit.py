@@ -1,4 +1,4 @@
-"""What the compiler makes of the matrix unit's code. Its results are tested in test_cpu_emulated.py."""
+"""Code that the compiler makes for the matrix unit, whose results are tested in test_cpu_emulated.py."""
 
 import re
 import subprocess
