@@ -213,8 +213,8 @@ def main(
     threads = threads or len(os.sched_getaffinity(0))
     weights = Weights(source, home / "peers" / "weights")
     if shape:
-        model, path = shape, weights.in_shape(shape)
-        weights = Weights(path, home / "peers" / "weights")
+        weights = weights.in_shape(shape)
+        model, path = shape, weights.source
     environments = Environments(home / "peers", may_install=install)
     makers: dict[str, Callable[[], System]] = {
         name: partial(make, environments, weights, threads) for name, make in PEERS.items()
@@ -228,7 +228,7 @@ def main(
     report = Report(
         {
             **machine(),
-            "read_gb_per_s": read_bandwidth(threads),
+            "read_gb_per_s": None if quick else read_bandwidth(threads),
             "model": model,
             "weights_sha256": weights.sha256,
             "options": options,

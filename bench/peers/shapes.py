@@ -10,7 +10,7 @@ from types import MappingProxyType
 import gguf
 import numpy as np
 
-from bench.peers.gguf_fields import add_fields
+from bench.peers.gguf_files import add_fields, write_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +22,24 @@ class LlamaShape:
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
     rope_base: float
     max_position_embeddings: int
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a head, as readers of the file compute it."""
+        return self.hidden_size // self.num_heads
 
     def matrices(self, vocab_size: int) -> Iterator[tuple[str, int, int]]:
         """Yield name, outputs and inputs of each matrix."""
         yield "token_embd", vocab_size, self.hidden_size
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        keys = self.num_kv_heads * self.head_dim
         for layer in range(self.num_layers):
             for name, outputs, inputs in (
-                ("attn_q", queries, self.hidden_size),
+                ("attn_q", self.hidden_size, self.hidden_size),
                 ("attn_k", keys, self.hidden_size),
                 ("attn_v", keys, self.hidden_size),
-                ("attn_output", self.hidden_size, queries),
+                ("attn_output", self.hidden_size, self.hidden_size),
                 ("ffn_gate", self.intermediate_size, self.hidden_size),
                 ("ffn_up", self.intermediate_size, self.hidden_size),
                 ("ffn_down", self.hidden_size, self.intermediate_size),
@@ -44,7 +48,7 @@ class LlamaShape:
 
 
 SHAPES: Mapping[str, LlamaShape] = MappingProxyType(
-    {"llama-3.2-1b": LlamaShape(16, 2048, 8192, 32, 8, 64, 500_000.0, 131_072)}
+    {"llama-3.2-1b": LlamaShape(16, 2048, 8192, 32, 8, 500_000.0, 131_072)}
 )
 
 
@@ -84,7 +88,4 @@ def write_random(target: Path, shape: LlamaShape, name: str, tokenizer: Path, *,
     norms = [f"blk.{layer}.{norm}" for layer in range(shape.num_layers) for norm in ("attn_norm", "ffn_norm")]
     for norm in (*norms, "output_norm"):
         writer.add_tensor(f"{norm}.weight", ones)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_file(writer)

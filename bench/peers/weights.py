@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from bench.peers.gguf_fields import add_fields
+from bench.peers.gguf_files import add_fields, write_file
 from bench.peers.shapes import SHAPES, write_random
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
@@ -40,14 +40,14 @@ class Weights:
         self.source = source
         self._parent = folder
 
-    def in_shape(self, shape: str) -> Path:
-        """A GGUF file, alone in its folder, with random weights in one of SHAPES and the source's tokenizer."""
+    def in_shape(self, shape: str) -> Weights:
+        """Random weights in one of SHAPES with the source's tokenizer; their file is alone in its folder."""
 
         def make(folder: Path) -> None:
             folder.mkdir(exist_ok=True)
             write_random(folder / "model.gguf", SHAPES[shape], f"{shape}, random weights", self.source)
 
-        return self._made(shape, make) / "model.gguf"
+        return Weights(self._made(shape, make) / "model.gguf", self._parent)
 
     @cached_property
     def sha256(self) -> str:
@@ -124,10 +124,7 @@ def _convert(source: Path, target: Path, tensor_type: gguf.GGMLQuantizationType,
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         kind = tensor_type if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_file(writer)
 
 
 def _run(command: list[str]) -> None:

@@ -43,7 +43,8 @@ class MatrixUnit {
   // x [rows, words], rows being `stride` bytes apart, times weights [words, kUnitColumns], which are not apart.
   void add(const void* x, int64_t stride, const void* weights) {
     constexpr int64_t kRowBytes = 4 * kUnitColumns;
-    finish_stores(x, weights);
+    finish_stores(x);
+    finish_stores(weights);
     _tile_loadd(6, weights, kRowBytes);
     _tile_loadd(7, static_cast<const char*>(weights) + kRowBytes / 2, kRowBytes);
     _tile_loadd(4, x, stride);
@@ -92,11 +93,8 @@ class MatrixUnit {
   static_assert(sizeof(Configuration) == 64);
 
   // The macros of g++ 12 do not tell the compiler what a tile or a configuration is loaded from, so it would leave out
-  // stores that nothing else reads. This tells it that everything reachable from the pointers is read here.
-  template <class... Pointers>
-  static void finish_stores(Pointers... from) {
-    (([&] { __asm__ volatile("" : : "r"(from) : "memory"); }()), ...);
-  }
+  // stores that nothing else reads. This tells it that everything reachable from the pointer is read here.
+  static void finish_stores(const void* from) { __asm__ volatile("" : : "r"(from) : "memory"); }
 
   void configure(int rows, int words) {
     const int upper = rows < kHalf ? rows : kHalf, lower = rows - upper;

@@ -15,7 +15,7 @@ from scalellm.services.executor.engine.request import EngineRequest
 from scalellm.services.executor.engine.sampling_params import SamplingParams
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
-SMALL = LlamaShape(2, 64, 128, 4, 2, 16, 500_000.0, 512)
+SMALL = LlamaShape(2, 64, 128, 4, 2, 500_000.0, 512)
 PROMPT = (100, 2000, 31_000, 7)
 NUM_TOKENS = 12
 

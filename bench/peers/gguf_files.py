@@ -1,4 +1,4 @@
-"""Copies of a GGUF file's fields."""
+"""Parts of writing a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def add_fields(writer: gguf.GGUFWriter, fields: Iterable[gguf.ReaderField]) -> N
         outer = field.types[0]
         inner = field.types[-1] if outer == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), outer, sub_type=inner)
+
+
+def write_file(writer: gguf.GGUFWriter) -> None:
+    """Write the file with all that was added, and close it."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
