@@ -90,6 +90,16 @@ class ServiceProcess:
             self.process.terminate()
         return self.process.wait(timeout)
 
+    def suspend(self) -> None:
+        """SIGSTOP the service and its children, which keeps requests as they are until `resume`."""
+        for member in (psutil.Process(self.pid), *self.children()):
+            member.suspend()
+
+    def resume(self) -> None:
+        """SIGCONT the service and its children."""
+        for member in (*self.children(), psutil.Process(self.pid)):
+            member.resume()
+
     def kill_tree(self) -> None:
         """SIGKILL the service and its children; without children processes end by themselves, which is tested."""
         if self.process.poll() is None:

@@ -186,6 +186,8 @@ def models_of(line: Line) -> dict[str, float]:
 async def test_the_loss_of_a_models_executors_leaves_the_other_alone(line: Line) -> None:
     async with line.channel() as channel:
         undisturbed = await generate(channel, request(ONE, max_tokens=600))
+        for executor in line.executors:
+            executor.suspend()  # else a request may have ended before the executor is killed
         running = asyncio.create_task(generate(channel, request(ONE, max_tokens=600)))
         lost = asyncio.create_task(generate(channel, request(TWO, max_tokens=600)))
         async with asyncio.timeout(PATIENCE):
@@ -194,6 +196,7 @@ async def test_the_loss_of_a_models_executors_leaves_the_other_alone(line: Line)
                 assert not lost.done()
                 await asyncio.sleep(0.01)
         line.executors[1].kill_tree()
+        line.executors[0].resume()
         assert (await running).token_ids == undisturbed.token_ids
         ended = await lost
         assert (ended.code, TWO in ended.details) == (grpc.StatusCode.UNAVAILABLE, True), ended.details
