@@ -14,12 +14,10 @@ class AbortReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ABORT_REASON_CANCELLED: _ClassVar[AbortReason]
     ABORT_REASON_STOP: _ClassVar[AbortReason]
     ABORT_REASON_DEADLINE: _ClassVar[AbortReason]
-    ABORT_REASON_MOVE: _ClassVar[AbortReason]
 ABORT_REASON_UNSPECIFIED: AbortReason
 ABORT_REASON_CANCELLED: AbortReason
 ABORT_REASON_STOP: AbortReason
 ABORT_REASON_DEADLINE: AbortReason
-ABORT_REASON_MOVE: AbortReason
 
 class ClientFrame(_message.Message):
     __slots__ = ("hello", "submit", "abort", "renewal", "taken")
@@ -110,7 +108,7 @@ class Welcome(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer_sha256: _Optional[bytes] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., lease_ns: _Optional[int] = ..., grammars: _Optional[bool] = ..., counts_frames: _Optional[bool] = ..., tensor_parallel: _Optional[int] = ..., devices: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "token_ids", "resumed", "sampling", "priority", "time_remaining_ns", "cache_salt", "traceparent", "session_id", "tracestate", "charged_tokens", "tenant", "execution_id", "attempt", "grammar", "tenant_weight", "prediction_token_ids")
+    __slots__ = ("handle", "request_id", "token_ids", "resumed", "sampling", "priority", "time_remaining_ns", "cache_salt", "traceparent", "session_id", "tracestate", "charged_tokens", "tenant", "execution_id", "attempt", "grammar", "tenant_weight", "prediction_token_ids", "in_place_of")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +127,7 @@ class Submit(_message.Message):
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IN_PLACE_OF_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -147,7 +146,8 @@ class Submit(_message.Message):
     grammar: str
     tenant_weight: float
     prediction_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., resumed: _Optional[_Iterable[_Union[ResumedSample, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., time_remaining_ns: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., session_id: _Optional[str] = ..., tracestate: _Optional[str] = ..., charged_tokens: _Optional[int] = ..., tenant: _Optional[bytes] = ..., execution_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., grammar: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., prediction_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    in_place_of: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., resumed: _Optional[_Iterable[_Union[ResumedSample, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., time_remaining_ns: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., session_id: _Optional[str] = ..., tracestate: _Optional[str] = ..., charged_tokens: _Optional[int] = ..., tenant: _Optional[bytes] = ..., execution_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., grammar: _Optional[str] = ..., tenant_weight: _Optional[float] = ..., prediction_token_ids: _Optional[_Iterable[int]] = ..., in_place_of: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ResumedSample(_message.Message):
     __slots__ = ("index", "token_ids", "finished")

@@ -129,14 +129,13 @@ class EngineLink:
 
     def _abort(self, abort: link_pb2.Abort) -> None:
         key = (self.link, abort.handle)
-        if abort.reason == link_pb2.ABORT_REASON_MOVE:
-            self._engine.give_back(key, "the scheduler took the request back")
-            return
         index = abort.index if abort.HasField("index") else None
         self._engine.abort(key, index, _ABORTS.get(abort.reason, AbortReason.CANCELLED))
 
     def _submit(self, submit: link_pb2.Submit, now: float, draining: bool) -> bytes | None:
         key = (self.link, submit.handle)
+        for handle in submit.in_place_of:
+            self._engine.give_back((self.link, handle), "the scheduler took the request back")
         if self._engine.has_request(key):  # a Finish for the new request would end the other one with this handle
             raise StatusError.invalid("handle", f"{submit.handle} is in use on this link")
         # A client that keeps to its credits cannot exceed this limit: credits that were moved to other links since then

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import grpc
@@ -304,9 +304,8 @@ class Placement:
         replica, victims = found
         for victim in victims:
             self.service.take_rows(victim)
-            replica.recall(victim)
         self.books.recalled += len(victims)
-        self._dispatch(request, replica, now)
+        self._dispatch(request, replica, now, victims)
         return True
 
     def _route(self, request: Request, now: float) -> ReplicaLink | None:
@@ -324,14 +323,14 @@ class Placement:
             self.end(request, request.make_finish(StatusError.unavailable(message, _RETRY_AFTER)))
         return None
 
-    def _dispatch(self, request: Request, replica: ReplicaLink, now: float) -> None:
+    def _dispatch(self, request: Request, replica: ReplicaLink, now: float, victims: Sequence[Request] = ()) -> None:
         self.queue.remove(request)
         executor = request.executor
         is_first = executor.dispatches == 0
         if request.trace is not None:
             request.trace.dispatch(replica.address)
         cached = self._router.matched_tokens(executor.hashes, replica)
-        replica.dispatch(request, now, cached, ahead=self.service.goes_ahead(request))
+        replica.dispatch(request, now, cached, ahead=self.service.goes_ahead(request), in_place_of=victims)
         self.service.on_dispatch(request, is_first=is_first)
         self.quarantine.on_dispatch(request)
         self.books.dispatched += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
@@ -110,7 +110,15 @@ class ReplicaLink:
         self.is_forgotten_when_down = True
         self._placement.replica_changed(self)
 
-    def dispatch(self, request: Request, now: float, cached_tokens: int, *, ahead: bool = False) -> None:
+    def dispatch(
+        self,
+        request: Request,
+        now: float,
+        cached_tokens: int,
+        *,
+        ahead: bool = False,
+        in_place_of: Sequence[Request] = (),
+    ) -> None:
         """Send a request to the executor and deduct its uncached prompt tokens from the credit.
 
         Args:
@@ -118,9 +126,14 @@ class ReplicaLink:
             now: Monotonic seconds.
             cached_tokens: Leading prompt tokens that the executor has probably cached.
             ahead: True if it passes the requests of its own priority that wait at the executor.
+            in_place_of: Running requests that the executor gives back first, each with a Finish whose `moved` is set.
         """
+        for other in in_place_of:
+            other.executor.is_recalled = True
+            self._recalled[other.executor.handle] = 0 if other.num_new_tokens else other.executor.charged_tokens
         charged_tokens = max(1, request.num_prompt_tokens - cached_tokens)
         submit = request.make_submit(now, charged_tokens, ahead=ahead)
+        submit.in_place_of[:] = [other.executor.handle for other in in_place_of]
         submit.handle = handle = self._handles.take(request)
         self._submitted_requests += 1
         self._submitted_tokens += charged_tokens
@@ -135,17 +148,6 @@ class ReplicaLink:
         schedulers.
         """
         self._client.announce_demand()
-
-    def recall(self, request: Request) -> None:
-        """Take a request back: the executor ends it with a Finish whose `moved` is set.
-
-        Its credits can be used at once, because the executor reads the Abort before any later Submit.
-        """
-        handle = request.executor.handle
-        request.executor.is_recalled = True
-        self._recalled[handle] = 0 if request.num_new_tokens else request.executor.charged_tokens
-        self._client.abort(handle, link_pb2.ABORT_REASON_MOVE)
-        self._placement.load_changed(self)
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """Ask the executor to end a request, or one sample of it."""
@@ -223,7 +225,7 @@ class ReplicaLink:
 
     @property
     def takes_moves(self) -> bool:
-        """True if the executor's version can give requests back (ABORT_REASON_MOVE)."""
+        """True if the executor's version can give requests back (Submit.in_place_of)."""
         return self.welcome is not None and self.welcome.api_minor >= MOVES_SINCE
 
     def can_run(self, request: Request) -> bool:

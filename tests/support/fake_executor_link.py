@@ -32,6 +32,7 @@ class _Running:
     samples: dict[int, list[int]]
     open: set[int]
     prefilled: bool = False
+    is_taken_back: bool = False
 
 
 @dataclass
@@ -136,6 +137,8 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
 
     def _on_submit(self, link: _Link, submit: link_pb2.Submit) -> None:
         self.submits.append(submit)
+        for handle in submit.in_place_of:
+            link.running[handle].is_taken_back = True
         if link.submitted_tokens >= link.granted_tokens or link.submitted_requests >= link.granted_requests:
             self.credit_violations += 1
         link.submitted_tokens += submit.charged_tokens
@@ -176,7 +179,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
         submit = running.submit
         prompt = list(submit.token_ids)
         status: link_pb2.LinkStatus | None = None
-        moved = self.gives_back
+        moved = self.gives_back or running.is_taken_back
         if not running.prefilled and self.draining:
             status = link_pb2.LinkStatus(code=grpc.StatusCode.UNAVAILABLE.value[0], message="draining")
         elif not running.prefilled and self.refuse_with is not None:
@@ -191,8 +194,6 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
             if int(reason) == link_pb2.ABORT_REASON_STOP:
                 for index in [i for i in sorted(running.open) if which in ("all", str(i))]:
                     self._end_sample(step, handle, running, index, common_pb2.FINISH_REASON_STOP)
-            elif int(reason) == link_pb2.ABORT_REASON_MOVE:
-                moved = True
             elif which == "all":
                 status = link_pb2.LinkStatus(code=grpc.StatusCode.CANCELLED.value[0], message="cancelled")
         if moved and status is None:

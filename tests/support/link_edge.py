@@ -1,6 +1,7 @@
 """The raw client end of Scheduler.Connect: a tokenizer worker without a tokenizer."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -82,6 +83,7 @@ class LinkEdge:
         handle: int | None = None,
         attempt: int = 0,
         grammar: str = "",
+        in_place_of: Sequence[int] = (),
         **sampling: int,
     ) -> Stream:
         handle = handle if handle is not None else self._next
@@ -96,6 +98,7 @@ class LinkEdge:
             session_id=session_id,
             cache_salt=cache_salt,
             attempt=attempt,
+            in_place_of=in_place_of,
             grammar=grammar,
         )
         if time_remaining is not None:

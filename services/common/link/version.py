@@ -13,7 +13,7 @@ LEASES_SINCE = 2
 """First version whose upstream sides renew leases."""
 
 MOVES_SINCE = 2
-"""First version whose downstream sides give requests back (ABORT_REASON_MOVE)."""
+"""First version whose downstream sides give requests back (Submit.in_place_of)."""
 
 _OLDEST = API_MINOR - 1
 """Oldest version of a peer that this service accepts. Of two versions the newer one decides, because it knows the older

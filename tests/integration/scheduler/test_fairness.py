@@ -186,7 +186,7 @@ FLOODS: dict[str, Callable[[FairLine], None]] = {
 def test_no_flood_delays_a_quiet_tenant_by_more_than_two_steps_and_a_chunk_of_prefill(shape, is_edge_shared):
     alone = waits_alone()
     beside, line = run_virtually(quiet_beside(FLOODS[shape], is_edge_shared=is_edge_shared), shape)
-    assert median(beside) <= median(alone) + 3, (alone, beside)
+    assert max(beside) <= median(alone) + 3, (alone, beside)
     assert 0 < line.scheduler.placement.books.recalled <= 2 * NUM_QUIET, "no more than is needed"
     assert sum(map(len, flood_tokens(line))) > 100, "the flood is served, too"
 

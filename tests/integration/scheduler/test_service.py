@@ -349,3 +349,12 @@ async def test_books_balance_after_a_random_run(make_line, make_edge, make_execu
         edge.reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await edge.reading
+
+
+async def test_an_edge_takes_no_rows_of_others(make_line):
+    line = await make_line()
+    first = await line.edge.submit(10, 64)
+    second = await line.edge.submit(in_place_of=range(100))
+    await line.edge.finish(first, second)
+    first.check_tokens(64)
+    assert [list(submit.in_place_of) for submit in line.executors[0].submits] == [[], []]

@@ -7,6 +7,7 @@ import socket
 import pytest
 
 import engine_kit
+from scalellm.services.common.errors import StatusError
 from scalellm.services.common.link import API_MINOR
 from scalellm.services.common.link.server_frames import read_step
 from scalellm.services.executor.build import LoadedEngine
@@ -92,24 +93,29 @@ def test_entries_of_logit_bias_are_counted_before_they_are_a_mapping() -> None:
     assert sampling_from_wire(common_pb2.SamplingParams(logit_bias=sampling.logit_bias[:1024])).logit_bias == {1: 0.0}
 
 
-def test_a_request_that_is_taken_back_gives_its_place_to_the_next_one() -> None:
-    """The abort and the other's Submit may come together: the credits of the first are free at once."""
+def test_a_request_gets_the_row_and_the_credits_of_the_one_in_whose_place_it_comes() -> None:
+    """Another one waits, which would take the row if a step came between the end of the one and the other's Submit."""
     config = engine_kit.make_config(max_num_seqs=1)
     engine = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
     link = EngineLink(1, engine)
-    link.grant(1, 4)
-    sampling = common_pb2.SamplingParams(max_tokens=8, seed=1)
-    submits = [link_pb2.Submit(handle=handle, token_ids=[1, 2, 3, 4], sampling=sampling) for handle in (7, 8)]
-    assert link.on_frame(frame(submit=submits[0]), 0.0, False) is None
+    link.grant(2, 4)
+
+    def submit(handle: int, **fields: object) -> bytes:
+        sampling = common_pb2.SamplingParams(max_tokens=8, seed=1)
+        return frame(submit=link_pb2.Submit(handle=handle, token_ids=[1, 2, 3, 4], sampling=sampling, **fields))
+
+    assert link.on_frame(submit(7), 0.0, False) is None
+    assert link.on_frame(submit(6), 0.0, False) is None
     engine.step()
-    abort = link_pb2.Abort(handle=7, reason=link_pb2.ABORT_REASON_MOVE)
-    assert link.on_frame(frame(abort=abort), 0.0, False) is None
-    assert link.on_frame(frame(submit=submits[1]), 0.0, False) is None
+    with pytest.raises(StatusError, match="granted_requests: 2 requests came"):
+        link.on_frame(submit(5), 0.0, False)
+    unknown = 99
+    assert link.on_frame(submit(8, in_place_of=[7, unknown], priority=-1), 0.0, False) is None
     (step,) = [read_step(message, 100) for message in link.step_frames(engine.step().links[link.link], False)]
     assert [(finish.handle, finish.moved, finish.status.code) for finish in step.finished] == [(7, True, 14)]
     assert not step.finished_samples
     assert list(step.handles) == [8]
-    assert (step.load.granted_requests, step.load.granted_prefill_tokens) == (2, 12)
+    assert (step.load.granted_requests, step.load.granted_prefill_tokens) == (3, 12)
 
 
 @pytest.mark.parametrize("num_top", [0, 20])
