@@ -1,6 +1,6 @@
 """The chart with real containers, used from outside the cluster while it is scaled, upgraded, drained and broken.
 
-Streams are those of `fault_streams`, on the executors' fake engine; each one's tokens are compared with those of an
+Streams are those of `fault_workload`, on the executors' fake engine; each one's tokens are compared with those of an
 undisturbed run. The tests share one release and run in this order.
 """
 
@@ -20,8 +20,8 @@ from cluster_line import ClusterLine, Doors
 from compose_stack import SERVICES, ComposeStack, docker, why_no_docker
 from fault_load import load
 from fault_promises import Fault
-from fault_streams import Workload
 from fault_trials import HEADINGS, Tally, Trials
+from fault_workload import Workload
 from helm_chart import Manifest, of_kind, render
 from keda_calls import Keda
 from kube_cluster import LIMIT, REAL, KubeCluster, until

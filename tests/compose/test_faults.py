@@ -16,8 +16,8 @@ import pytest
 from compose_line import EXECUTORS, SCHEDULERS, SERVICES, TOKENIZERS, ComposeLine
 from compose_stack import crash, docker
 from fault_promises import Fault
-from fault_streams import Workload
 from fault_trials import HEADINGS, Tally, Trials
+from fault_workload import Workload
 
 SEED = int(os.environ.get("FAULTS_SEED") or 0)
 SECONDS = float(os.environ.get("FAULTS_SECONDS") or 3)

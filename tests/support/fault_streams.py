@@ -15,15 +15,9 @@ from itertools import pairwise
 import grpc
 import jsonschema
 
-from prompts import PROMPTS
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc
 from service_processes import PATIENCE
 
-KINDS = (
-    *("plain", "samples", "logprobs", "session", "stop", "deadline", "cancel", "kept", "kept samples"),
-    *("shaped", "shaped samples"),
-)
-SHAPED = ("shaped", "shaped samples", "kept shaped")
 _CONNECTIONS = 8
 _FIRST_TURNS = 20
 
@@ -43,12 +37,14 @@ class Stream:
     """One request and what became of it.
 
     Attributes:
-        kind: One of KINDS or SHAPED.
+        kind: One of `fault_workload`.
         request: The request as it is sent.
         first_turn: The question and answer that a session has before this request.
         timeout: The client's deadline in seconds.
         cancel_after: Tokens after which the client goes away.
+        asks_again: A client that goes away sends the same request again.
         pieces: The history: every message with tokens, as it came.
+        pieces_before: The history until the client asked again.
         texts: By sample.
         ends: Ends of samples, told with their last tokens.
         codes: Statuses of the call. Exactly one in the end.
@@ -65,7 +61,9 @@ class Stream:
     first_turn: generation_pb2.GenerateRequest | None = None
     timeout: float | None = None
     cancel_after: int | None = None
+    asks_again: bool = False
     pieces: list[Piece] = field(default_factory=list)
+    pieces_before: list[Piece] = field(default_factory=list)
     texts: dict[int, str] = field(default_factory=dict)
     ends: dict[int, generation_pb2.SampleFinished] = field(default_factory=dict)
     num_logprobs: int = 0
@@ -99,8 +97,15 @@ class Stream:
 
     def tokens(self) -> dict[int, list[int]]:
         """By sample; the history is checked on the way: each token once, in order."""
+        return self._tokens_of(self.pieces)
+
+    def tokens_before(self) -> dict[int, list[int]]:
+        """By sample, those that came before the client asked again, checked alike."""
+        return self._tokens_of(self.pieces_before)
+
+    def _tokens_of(self, pieces: Sequence[Piece]) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
-        for piece in self.pieces:
+        for piece in pieces:
             ids = found.setdefault(piece.index, [])
             assert piece.offset == len(ids), (
                 f"stream {self.number} ({self.kind}), sample {piece.index}: token {piece.offset} came where "
@@ -123,15 +128,21 @@ class Stream:
         ends = [piece.at for piece in self.pieces] + [self.ended_at]
         return max((b - max(a, since) for a, b in pairwise(ends) if b > since), default=0.0)
 
-    async def run(self, channel: grpc.aio.Channel) -> None:
-        """To its end, whatever that is. What was refused before it began is asked again, as clients do."""
+    async def run(self, channel: grpc.aio.Channel, other: grpc.aio.Channel) -> None:
+        """To its end, whatever that is. What was refused before it began is asked again, as clients do.
+
+        Args:
+            channel: The client's connection.
+            other: Its connection when it asks again after it went away.
+        """
         stub = generation_pb2_grpc.GenerationStub(channel)
         deadline = time.monotonic() + PATIENCE
-        code = await self._ask(stub)
-        while code is grpc.StatusCode.UNAVAILABLE and not self.has_begun and time.monotonic() < deadline:
-            self.refusals += 1
-            await asyncio.sleep(0.2)
-            code = await self._ask(stub)
+        code = await self._begin(stub, deadline)
+        if self.asks_again and code is grpc.StatusCode.CANCELLED:
+            self.pieces_before, self.pieces, self.cancel_after = self.pieces, [], None
+            self.texts, self.ends, self.num_logprobs, self.has_begun = {}, {}, 0, False
+            stub = generation_pb2_grpc.GenerationStub(other)
+            code = await self._begin(stub, deadline)
         while code is grpc.StatusCode.UNAVAILABLE and self.is_resumable and time.monotonic() < deadline:
             await asyncio.sleep(0.2)
             self.resumes += 1
@@ -139,6 +150,15 @@ class Stream:
             code = await self._follow(stub.Resume(self._rest(), timeout=10 * PATIENCE, wait_for_ready=True))
         self.codes.append(code)
         self.ended_at = time.monotonic()
+
+    async def _begin(self, stub: generation_pb2_grpc.GenerationStub, deadline: float) -> grpc.StatusCode:
+        """Send the request until it is accepted, and follow it."""
+        code = await self._ask(stub)
+        while code is grpc.StatusCode.UNAVAILABLE and not self.has_begun and time.monotonic() < deadline:
+            self.refusals += 1
+            await asyncio.sleep(0.2)
+            code = await self._ask(stub)
+        return code
 
     def _history(self) -> str:
         """Describe the calls and messages, for who looks for a fault."""
@@ -214,104 +234,6 @@ async def _first_turn(stub: generation_pb2_grpc.GenerationStub, stream: Stream) 
     raise NoFirstTurnError(f"the first turn of {name} cannot be saved")
 
 
-class Workload:
-    """Requests of every kind that follow from a seed.
-
-    Args:
-        seed: Seed of all random choices.
-        count: Streams.
-        longest: Most tokens of a sample.
-        kinds: Kinds of streams, one after the other.
-    """
-
-    def __init__(self, seed: int, count: int = 64, longest: int = 900, kinds: Sequence[str] = KINDS) -> None:
-        self.seed = seed
-        self.kinds = tuple(kinds)
-        self._count = count
-        self._longest = longest
-        self._stops: dict[int, str] = {}
-
-    def streams(self, name: str, *, is_undisturbed: bool = False) -> list[Stream]:
-        """New streams. Those of two names ask the same, but for the sessions that they are part of.
-
-        Undisturbed ones run to their own ends: no deadlines, nobody goes away.
-        """
-        return [self._stream(number, name, is_undisturbed) for number in range(self._count)]
-
-    def learn_stops(self, undisturbed: Sequence[Stream]) -> None:
-        """Choose stop strings that occur, from texts that came without any; of a text without words, none."""
-        for stream in undisturbed:
-            if stream.kind == "stop":
-                text, half = stream.texts[0], len(stream.texts[0]) // 2
-                words = (text[start : start + 6] for start in range(half, len(text) - 6))
-                if (word := next((word for word in words if word.isascii()), None)) is not None:
-                    self._stops[stream.number] = word
-
-    def _stream(self, number: int, name: str, is_undisturbed: bool) -> Stream:
-        rng = random.Random(f"stream {self.seed} {number}")
-        kind = self.kinds[number % len(self.kinds)]
-        sampling = common_pb2.SamplingParams(
-            max_tokens=rng.randint(self._longest // 3, self._longest),
-            temperature=rng.choice((0.0, 0.9)),
-            seed=rng.getrandbits(32),
-            ignore_eos=True,
-        )
-        request = generation_pb2.GenerateRequest(
-            sampling=sampling,
-            output=generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS,
-            stream_interval=rng.choice((4, 8, 16)),
-        )
-        stream = Stream(number, kind, request)
-        prompt = f"{number}. {rng.choice(PROMPTS)}"
-        if kind == "session":
-            request.session_id = f"{name}-{number}"
-            request.chat.messages.add(role="user", content="And then?")
-            stream.first_turn = generation_pb2.GenerateRequest(session_id=request.session_id)
-            stream.first_turn.chat.messages.add(role="user", content=prompt)
-            stream.first_turn.sampling.CopyFrom(sampling)
-            stream.first_turn.sampling.max_tokens = 16
-        else:
-            request.prompt = prompt
-        if "shaped" in kind:
-            sampling.ignore_eos = request.sampling.ignore_eos = False
-            request.structured_output.CopyFrom(_shape(rng, sampling.max_tokens))
-        if kind.startswith("kept"):
-            request.on_disconnect = generation_pb2.ON_DISCONNECT_KEEP
-        if kind.endswith("samples"):
-            sampling.n = request.sampling.n = rng.randint(2, 4)
-            request.sampling.max_tokens = sampling.max_tokens // 2
-        elif kind == "logprobs":
-            request.sampling.logprobs = 2
-        elif kind == "stop" and number in self._stops:
-            request.stop.append(self._stops[number])
-        if not is_undisturbed:
-            if kind == "deadline":
-                stream.timeout = rng.uniform(1, 6)
-            elif kind == "cancel":
-                stream.cancel_after = rng.randint(1, sampling.max_tokens)
-        return stream
-
-
-def _shape(rng: random.Random, max_tokens: int) -> generation_pb2.StructuredOutput:
-    """Return a shape whose texts take about `max_tokens` tokens of the fake engine: some fit, some do not."""
-    if rng.random() < 0.5:
-        words = max_tokens // 4
-        return generation_pb2.StructuredOutput(regex=f"([a-z]{{2,9}} ){{{words},{words * 2}}}the end")
-    item = {
-        "type": "object",
-        "required": ["id", "kind", "ok"],
-        "additionalProperties": False,
-        "properties": {
-            "id": {"type": "integer", "minimum": 0, "maximum": 99999},
-            "kind": {"enum": ["leaf", "tree", None]},
-            "ok": {"type": "boolean"},
-        },
-    }
-    items = max(1, max_tokens // 40)
-    schema = {"type": "array", "minItems": items, "maxItems": items + 2, "items": item}
-    return generation_pb2.StructuredOutput(json_schema=json.dumps(schema))
-
-
 def _has_shape(shape: generation_pb2.StructuredOutput, text: str) -> bool:
     if shape.regex:
         return re.fullmatch(shape.regex, text) is not None
@@ -349,7 +271,9 @@ class Clients:
 
         async def run(stream: Stream, wait: float) -> None:
             await asyncio.sleep(wait)
-            await stream.run(self._channels[stream.number % len(self._channels)])
+            channels = self._channels
+            place = stream.number % len(channels)
+            await stream.run(channels[place], channels[place - 1])
 
         return [asyncio.create_task(run(stream, rng.uniform(0, within))) for stream in streams]
 
@@ -360,6 +284,9 @@ def differences(disturbed: Stream, undisturbed: Stream) -> list[str]:
     name = f"stream {disturbed.number} ({disturbed.kind}, {disturbed.code})"
     is_whole = disturbed.code is grpc.StatusCode.OK
     expected, seen = undisturbed.tokens(), disturbed.tokens()
+    for index, ids in disturbed.tokens_before().items():
+        if ids != expected.get(index, [])[: len(ids)]:
+            found.append(f"{name}: tokens of sample {index} differ before it was asked for again")
     for index, ids in seen.items():
         wanted = expected.get(index, [])
         if ids != wanted if is_whole else ids != wanted[: len(ids)]:

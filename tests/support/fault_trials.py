@@ -12,7 +12,8 @@ import grpc
 
 from fault_injectors import Scene
 from fault_promises import Fault
-from fault_streams import Clients, Stream, Workload, differences
+from fault_streams import Clients, Stream, differences
+from fault_workload import Workload
 from scalellm.v1 import generation_pb2
 from service_processes import PATIENCE
 
@@ -130,10 +131,11 @@ class Trials:
         await self.settle()
 
     async def run_one(self, rng: random.Random) -> Stream:
-        """Any one of the streams, on a connection of its own. Raises NoFirstTurnError."""
+        """Any one of the streams, on connections of its own. Raises NoFirstTurnError."""
         self._count += 1
         stream = rng.choice(self.workload.streams(f"alone-{self._count}"))
-        async with Clients([rng.choice(self.line.addresses)], connections=1) as clients:
+        addresses = rng.sample(self.line.addresses, len(self.line.addresses))
+        async with Clients(addresses, connections=2) as clients:
             await clients.first_turns([stream])
             await asyncio.gather(*clients.start([stream], rng, within=0.1))
         return stream

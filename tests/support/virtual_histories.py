@@ -43,6 +43,8 @@ class VirtualStream:
     stop_after: int | None = None
     timeout: float | None = None
     grammar: str = ""
+    tenant: tuple[bytes, float] = (b"", 1.0)
+    """Its name, and its weight: those of little weight lose their rows to those of much."""
     tokens: dict[int, list[int]] = field(default_factory=dict)
     codes: list[grpc.StatusCode] = field(default_factory=list)
     details: str = ""
@@ -65,6 +67,7 @@ class VirtualStream:
             stop_after=rng.randint(1, 20) if kind == "stop" else None,
             timeout=rng.uniform(0.05, 2) if kind == "deadline" else None,
             grammar=rng.choice(GRAMMARS) if kind.startswith("shaped") else "",
+            tenant=rng.choice(((b"", 1.0), (b"light", 0.01), (b"heavy", 100.0))),
         )
 
     def make_submit(self) -> link_pb2.Submit:
@@ -74,6 +77,7 @@ class VirtualStream:
         submit.sampling.max_tokens = self.max_tokens
         submit.sampling.ignore_eos = not self.grammar
         submit.grammar = self.grammar
+        submit.tenant, submit.tenant_weight = self.tenant
         if self.logprobs:
             submit.sampling.logprobs = 1
         if self.timeout is not None:
@@ -165,11 +169,15 @@ class History:
     problems: list[str] = field(default_factory=list)
     scheduler_faults: int = 0
     executor_faults: int = 0
+    recalled: int = 0
 
     def counts(self) -> Counter[str]:
-        """Streams by status, and how many were taken up by another executor."""
+        """Streams by status, how many were taken up by another executor, and how often one lost its rows to another
+        tenant's.
+        """
         found = Counter(stream.codes[0].name for stream in self.streams if stream.codes)
         found["resumed"] = sum(stream.was_resumed for stream in self.streams)
+        found["recalled"] = self.recalled
         return found
 
     def describe(self) -> str:
@@ -347,6 +355,7 @@ async def _play(history: History, rng: random.Random) -> None:
         history.problems += stream.problems(line.journal)
         history.problems += _unpromised(history, stream)
     history.problems += await line.rest()
+    history.recalled = sum(scheduler.placement.books.recalled for scheduler in line.schedulers)
 
 
 def _unpromised(history: History, stream: VirtualStream) -> list[str]:

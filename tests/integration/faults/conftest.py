@@ -17,8 +17,8 @@ import pytest
 
 from fault_line import FaultLine, Shape, fault_line
 from fault_promises import Fault
-from fault_streams import Workload
 from fault_trials import HEADINGS, Tally, Trials
+from fault_workload import Workload
 from told_at_end import lines_at_end
 from told_at_once import pytest_runtest_makereport as pytest_runtest_makereport
 

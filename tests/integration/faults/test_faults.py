@@ -13,8 +13,8 @@ import pytest
 from fault_line import Shape
 from fault_namespace import why_no_namespace
 from fault_promises import FAULTS
-from fault_streams import KINDS, SHAPED, Workload
 from fault_trials import Tally, Trials
+from fault_workload import KINDS, SHAPED, Workload
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -37,6 +37,7 @@ def test_histories() -> None:
     counts = play_all("suite", NUM_HISTORIES)
     assert counts["OK"] > 5 * counts["UNAVAILABLE"]
     assert counts["resumed"] > 0
+    assert counts["recalled"] > 0
 
 
 @pytest.mark.slow

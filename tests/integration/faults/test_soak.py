@@ -9,8 +9,8 @@ import pytest
 
 from fault_line import Shape
 from fault_soak import Soak
-from fault_streams import Workload
 from fault_trials import Trials
+from fault_workload import Workload
 
 SECONDS = float(os.environ.get("SOAK_SECONDS") or 40)
 _BETWEEN_FAULTS = 20.0
