@@ -135,29 +135,28 @@ class Stream:
             channel: The client's connection.
             other: Its connection when it asks again after it went away.
         """
-        stub = generation_pb2_grpc.GenerationStub(channel)
         deadline = time.monotonic() + PATIENCE
-        code = await self._begin(stub, deadline)
+        code = await self._run_on(channel, deadline)
         if self.asks_again and code is grpc.StatusCode.CANCELLED:
             self.pieces_before, self.pieces, self.cancel_after = self.pieces, [], None
             self.texts, self.ends, self.num_logprobs, self.has_begun = {}, {}, 0, False
-            stub = generation_pb2_grpc.GenerationStub(other)
-            code = await self._begin(stub, deadline)
-        while code is grpc.StatusCode.UNAVAILABLE and self.is_resumable and time.monotonic() < deadline:
-            await asyncio.sleep(0.2)
-            self.resumes += 1
-            self.finished = None  # the call may have broken between this and its status: it is said again
-            code = await self._follow(stub.Resume(self._rest(), timeout=10 * PATIENCE, wait_for_ready=True))
+            code = await self._run_on(other, deadline)
         self.codes.append(code)
         self.ended_at = time.monotonic()
 
-    async def _begin(self, stub: generation_pb2_grpc.GenerationStub, deadline: float) -> grpc.StatusCode:
-        """Send the request until it is accepted, and follow it."""
+    async def _run_on(self, channel: grpc.aio.Channel, deadline: float) -> grpc.StatusCode:
+        """Send the request until it is accepted, and go on after a broken call if it is kept."""
+        stub = generation_pb2_grpc.GenerationStub(channel)
         code = await self._ask(stub)
         while code is grpc.StatusCode.UNAVAILABLE and not self.has_begun and time.monotonic() < deadline:
             self.refusals += 1
             await asyncio.sleep(0.2)
             code = await self._ask(stub)
+        while code is grpc.StatusCode.UNAVAILABLE and self.is_resumable and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+            self.resumes += 1
+            self.finished = None  # the call may have broken between this and its status: it is said again
+            code = await self._follow(stub.Resume(self._rest(), timeout=10 * PATIENCE, wait_for_ready=True))
         return code
 
     def _history(self) -> str:
