@@ -67,7 +67,8 @@ class Masks:
             return {}
         for place, mask in made.items():
             self.rows[place] = mask
-        self._compute({place: matcher for place, matcher in matchers.items() if place not in made}, drafts)
+        due = {place: matcher for place, matcher in matchers.items() if place not in made or drafts[place]}
+        self._compute(due, drafts)
         errors = {place: message for place, matcher in matchers.items() if (message := matcher.error)}
         for first in matchers.keys() - errors.keys():
             for place in range(first, first + 1 + len(drafts[first])):

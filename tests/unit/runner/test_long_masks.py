@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from grammar_kit import ids_of, make_compiler
+from grammar_kit import VOCABULARY, ids_of, make_compiler
 from scalellm.services.common.vocabulary import Vocabulary
 from scalellm.services.executor.grammar import LlGrammarCompiler, Masks
 from scalellm.services.executor.grammar.matcher import LlMatcher
@@ -53,6 +54,19 @@ def test_the_thread_computes_the_mask_of_a_step(size: int) -> None:
         assert np.array_equal(before.take_mask(told), masks.rows[0])
         told.append(token_id)
     compiler.close()
+
+
+def test_rows_of_drafts_are_masked_although_the_first_mask_was_computed_before_the_step(compiler) -> None:
+    matcher = matcher_of(compiler, "start: /A[B-C]/")
+    while not matcher.has_mask([]):
+        time.sleep(1e-3)
+    group = SimpleNamespace(num_prompt_tokens=0, banned_at=lambda num_output_tokens: ())
+    seq = SimpleNamespace(matcher=matcher, token_ids=[], group=group)
+    (draft,) = ids_of("A")
+    rows = [SimpleNamespace(seq=seq, draft=token, num_output_tokens=0) for token in (None, draft)]
+    masks = Masks(2, len(VOCABULARY.tokens))
+    assert not masks.fill(rows)
+    assert [{masks.pick(place, number) for number in range(9)} for place in (0, 1)] == [{draft}, {*ids_of("BC")}]
 
 
 def test_samples_of_a_grammar_come_into_the_steps_once_its_masks_are_quick(compiler) -> None:
