@@ -171,7 +171,7 @@ class ChildProcess:
 
     async def wait(self) -> int:
         """Wait until the process has ended, and return its exit code, as for `describe_exit`."""
-        await self._ended.wait()
+        await self._until_ended()
         return self._process.wait()
 
     def terminate(self) -> None:
@@ -181,18 +181,24 @@ class ChildProcess:
     async def kill(self) -> None:
         """Send SIGKILL to the process if it still runs, and wait for its end."""
         self._process.kill()
-        await self._ended.wait()
+        await self._until_ended()
 
     async def end(self, limit: float) -> bool:
         """Send SIGTERM to the process, and kill it after `limit` seconds. Returns whether it ended by itself."""
         self.terminate()
         try:
             async with asyncio.timeout(limit):
-                await self._ended.wait()
+                await self._until_ended()
         except TimeoutError:
             await self.kill()
             return False
         return True
+
+    async def _until_ended(self) -> None:
+        assert self._watch is not None
+        if self._watch.cancelling():  # with all tasks of the loop, as when SystemExit ends `asyncio.run`
+            self._watch = asyncio.create_task(self._watch_end())
+        await self._ended.wait()
 
     async def leave(self) -> None:
         """Stop watching the process, which goes on running and may outlive this one."""

@@ -71,6 +71,31 @@ async def test_end_waits_for_those_that_end_and_kills_the_others() -> None:
         assert await child.end(0.0)
 
 
+@pytest.mark.parametrize("is_stubborn", [False, True])
+def test_a_child_is_ended_although_a_signal_ends_the_loop(is_stubborn: bool) -> None:
+    """`asyncio.run` cancels all tasks then, the one that watches the child among them."""
+    children: list[ChildProcess] = []
+    ignored = "signal.signal(15, signal.SIG_IGN); " if is_stubborn else ""
+
+    def exit_now() -> None:
+        raise SystemExit(143)
+
+    async def run() -> None:
+        child = await start(f"import signal; {ignored}print('{{}}', flush=True); signal.pause()")
+        children.append(child)
+        try:
+            assert await child.answer() == {}
+            asyncio.get_running_loop().call_soon(exit_now)
+            await child.answer()
+        except BaseException:
+            assert await child.end(0.2 if is_stubborn else PATIENCE) is not is_stubborn
+            raise
+
+    with pytest.raises(SystemExit):
+        asyncio.run(run())
+    assert not children[0].is_running
+
+
 async def test_a_session_of_its_own_hears_nothing_of_the_terminal() -> None:
     child = await start("import os; print('{}', flush=True); os.read(0, 1)", own_session=True)
     assert os.getsid(child.pid) == child.pid
