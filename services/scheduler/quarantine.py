@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -109,11 +108,12 @@ def _count_death(request: Request, instance_id: str) -> None:
 
 
 def _digest(submit: link_pb2.Submit) -> bytes:
-    """Return a digest of the tokens and parameters of a request. The seed is left out, as it differs at each
-    attempt.
+    """Return a digest of the tokens, parameters and grammar of a request. The seed is left out, as it differs at each
+    attempt, and so is `prompt_logprobs`, which is cleared once they have come.
     """
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(submit.sampling)
     sampling.ClearField("seed")
-    tokens = array("I", submit.token_ids).tobytes()
-    return hashlib.sha256(tokens + sampling.SerializeToString(deterministic=True)).digest()
+    sampling.ClearField("prompt_logprobs")
+    prompt = link_pb2.Submit(token_ids=submit.token_ids, sampling=sampling, grammar=submit.grammar)
+    return hashlib.sha256(prompt.SerializeToString(deterministic=True)).digest()

@@ -101,3 +101,17 @@ def test_it_remembers_a_bounded_number():
     for number in range(3000):
         quarantine.on_engine_lost([make_request(number)], "engine", 0.0)
     assert len(quarantine) == 1024
+
+
+def test_the_same_request_is_known_though_its_prompt_was_scored_and_another_grammar_is_another_request():
+    quarantine = Quarantine(1)
+    guilty = make_request(1, prompt_logprobs=2)
+    guilty.client.progress.num_prompt_logprobs = 2  # they came before the engine ended, and are not asked for again
+    guilty.start(SimpleNamespace(), 1, 0.0)
+    guilty.make_submit(0.0, 1)
+    assert quarantine.on_engine_lost([guilty], "engine", 0.0)
+    again = make_request(1, prompt_logprobs=2)
+    with pytest.raises(StatusError, match="ended engines"):
+        quarantine.check(again.submit, 0.0)
+    again.submit.grammar = "start: /a/"
+    quarantine.check(again.submit, 0.0)
