@@ -83,9 +83,13 @@ class ClientLink:
         """Add log-probabilities of a part of a prompt to the frame."""
         self._prompt_logprobs.append(logprobs)
         self._num_prompt_logprobs += len(logprobs.values.logprobs) * (1 + logprobs.values.num_top)
-        if self._num_prompt_logprobs < _MAX_PROMPT_LOGPROBS:
-            self._schedule_flush()
-        else:
+        self._schedule_flush()
+
+    def flush_if_full(self) -> None:
+        """Send the collected output if it has many log-probabilities of prompts. Called between frames of executors,
+        because what one of them tells together must reach the client together.
+        """
+        if self._num_prompt_logprobs >= _MAX_PROMPT_LOGPROBS:
             self.flush()
 
     def add_sample_finish(self, sample_finish: link_pb2.LinkSampleFinish) -> None:

@@ -42,9 +42,11 @@ def relay_step(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], boo
         if is_new:
             logprobs.handle = client.handle
             client.link.add_logprobs(logprobs)
+    links = set()
     for logprobs in step.prompt_logprobs:
         if (client := running.get(logprobs.handle)) is None:
             continue
+        links.add(client.link)
         try:
             is_new = client.progress.add_prompt_logprobs(logprobs)
         except ProgressError as error:
@@ -65,6 +67,8 @@ def relay_step(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], boo
             client.stopping_samples.pop(sample.index, None)
             sample.handle = client.handle
             client.link.add_sample_finish(sample)
+    for link in links:
+        link.flush_if_full()
     return broken
 
 

@@ -45,6 +45,7 @@ async def test_log_probabilities_of_several_executors_do_not_make_a_frame_too_lo
     parts = [link_pb2.LinkLogprobs(handle=handle, values=values) for handle in range(40)]
     for part in parts:  # 40 times half a megabyte
         link.add_prompt_logprobs(part)
+        link.flush_if_full()
     link.flush()
     assert max(map(len, frames)) < 4 * 2**20
     assert list(link_pb2.ServerFrame.FromString(b"".join(frames)).step.prompt_logprobs) == parts
