@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from heapq import heapify, heappop, heapreplace
 from typing import Generic, Protocol
 
@@ -76,6 +76,11 @@ class AdmissionQueue(Generic[EntryT]):
     def __contains__(self, entry: EntryT) -> bool:
         line = self._lines.get(entry.priority, {}).get(entry.tenant)
         return line is not None and entry in line
+
+    @property
+    def tenants(self) -> Collection[bytes]:
+        """The tenants with waiting requests."""
+        return self._shares.tenants
 
     @property
     def num_tenants(self) -> int:

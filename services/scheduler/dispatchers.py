@@ -90,9 +90,9 @@ class Dispatchers:
 
     @property
     def is_ready(self) -> bool:
-        """True if some model has an executor that takes requests, and no dispatcher has stalled."""
-        has_ready = any(dispatcher.fleet.ready for dispatcher in self._all)
-        return has_ready and all(dispatcher.heartbeat.is_alive for dispatcher in self._all)
+        """True if some model has an executor that takes requests, and none that has one has stalled."""
+        able = [dispatcher for dispatcher in self._all if dispatcher.fleet.ready]
+        return bool(able) and all(dispatcher.heartbeat.is_alive for dispatcher in able)
 
     # ExecutorSet
 

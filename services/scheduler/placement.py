@@ -68,7 +68,7 @@ class Placement:
         self._loop = asyncio.get_running_loop()
         self._router = fleet.router
         self.quarantine = Quarantine(settings.max_executor_deaths)
-        self._recall = RowRecall(self.service)
+        self._recall = RowRecall(self.service, self.books)
         self._rate = DrainRate()
         self._uncharged: dict[ReplicaLink, None] = {}  # executors that sent tokens since outputs were last charged
         self._pump_due = False
@@ -92,7 +92,7 @@ class Placement:
         self.books.prompt_tokens += request.num_prompt_tokens
         if request.tenant not in self.service:
             self._charge_outputs()  # before the newcomer's account starts from the least served of the others
-        self.service.enter(request.tenant, request.tenant_weight)
+        self.service.enter(request.tenant, request.tenant_weight, self.queue.tenants)
         self._idle.clear()
 
     def enter(self, request: Request, now: float) -> None:
@@ -184,6 +184,7 @@ class Placement:
             self._uncharged.pop(replica, None)
         self.outage.update(is_ready=bool(self._fleet.ready), is_reachable=self._fleet.is_reachable)
         if changed:
+            self._heartbeat.beat(has_work=not self._idle.is_set())  # requests may have waited long for an executor
             self._rate.reset()  # it was measured with other executors
             self._schedule_pump()
             self.on_executors_changed()
@@ -196,12 +197,15 @@ class Placement:
         """Pass a frame of an executor on to the clients. Its load report was handled before."""
         if step.handles:
             self._uncharged[replica] = None
+        ended = [replica.running.get(sample.handle) for sample in step.finished_samples]
         for handle, problem in relay_step(step, replica.clients, self.books):
             request = replica.running.get(handle)
             if request is not None:
                 error = f"executor {replica.address} broke the protocol: {problem}"
                 _log.error("a request ends: %s", error, extra={"request_id": request.submit.request_id})
                 self.abandon(request, StatusError(grpc.StatusCode.INTERNAL, error))
+        for request in filter(None, ended):
+            self.service.take_ended_rows(request)
         for finish in step.finished:
             request = replica.running.get(finish.handle)
             if request is not None:
@@ -221,6 +225,8 @@ class Placement:
         """Move the requests that ran on an executor, under `instance_id`, whose link broke or could not be made."""
         is_planned = replica.is_leaving or replica.load.draining
         self.replica_changed(replica)
+        # With the last executor of its model, links of clients that named no model end, and so do their requests.
+        requests = [request for request in requests if request.state is RequestState.RUNNING]
         if requests:
             _log.warning("executor %s is lost, %d requests move: %s", replica.address, len(requests), error.message)
             self._move_all(requests, error, died_on="" if is_planned else instance_id)
@@ -285,28 +291,23 @@ class Placement:
         replica = self._route(request, now)
         if replica is None:
             return False
-        is_shared = self.service.num_active > 1
-        if not (is_shared and replica.lacks_room(request) and self._place_on_recalled_row(request, now)):
-            self._dispatch(request, replica, now)
+        would_wait = self.service.num_active > 1 and replica.lacks_room(request)
+        if not (would_wait and self._place_on_recalled_row(request, self.service.by_rows(), now)):
+            self._dispatch(request, replica, (), now)
         return True
 
     def _recall_rows(self, now: float) -> None:
         """Take back executors' rows for the next request of each tenant that was served too little, one per tenant."""
-        for request in self.queue.heads():
-            if self._may_go(request) and not self._router.has_credit():
-                with self._ending_what_fails(request):
-                    self._place_on_recalled_row(request, now)
+        givers = self.service.by_rows()
+        for request in filter(self._may_go, self.queue.heads()):
+            with self._ending_what_fails(request):
+                if not self._router.has_credit() and self._place_on_recalled_row(request, givers, now):
+                    givers = self.service.by_rows()
 
-    def _place_on_recalled_row(self, request: Request, now: float) -> bool:
-        found = self._recall.find(request, self._fleet.ready.values())
-        if found is None:
-            return False
-        replica, victims = found
-        for victim in victims:
-            self.service.take_rows(victim)
-        self.books.recalled += len(victims)
-        self._dispatch(request, replica, now, victims)
-        return True
+    def _place_on_recalled_row(self, request: Request, givers: Sequence[bytes], now: float) -> bool:
+        if (found := self._recall.take(request, givers, self._fleet.ready.values())) is not None:
+            self._dispatch(request, *found, now)
+        return found is not None
 
     def _route(self, request: Request, now: float) -> ReplicaLink | None:
         executor = request.executor
@@ -323,7 +324,7 @@ class Placement:
             self.end(request, request.make_finish(StatusError.unavailable(message, _RETRY_AFTER)))
         return None
 
-    def _dispatch(self, request: Request, replica: ReplicaLink, now: float, victims: Sequence[Request] = ()) -> None:
+    def _dispatch(self, request: Request, replica: ReplicaLink, victims: Sequence[Request], now: float) -> None:
         self.queue.remove(request)
         executor = request.executor
         is_first = executor.dispatches == 0

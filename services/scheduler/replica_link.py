@@ -206,7 +206,8 @@ class ReplicaLink:
 
     @property
     def _has_request_credit(self) -> bool:
-        return self._submitted_requests < self.load.granted_requests + len(self._recalled)
+        # Recalled requests do not count: the Submit in their place takes their credit, which the next load may contain.
+        return self._submitted_requests < self.load.granted_requests
 
     @property
     def num_tokens_short(self) -> int:

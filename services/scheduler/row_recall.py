@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from scalellm.services.scheduler.books import Books
 from scalellm.services.scheduler.replica_link import ReplicaLink
 from scalellm.services.scheduler.request import Request
-from scalellm.services.scheduler.token_service import OUTPUT_COST, TenantAccount, TokenService
+from scalellm.services.scheduler.token_service import OUTPUT_COST, TokenService
 
 _MIN_TOKENS = 4
 """Least number of tokens that a request emits after its dispatch before its row may be taken."""
@@ -18,27 +19,51 @@ _LEAD = 256 * OUTPUT_COST
 class RowRecall:
     """Chooses the rows that are taken from one tenant for another.
 
-    The tenant that holds most rows, relative to its weight, gives rows to a waiting tenant if it was served more and
-    afterwards still holds at least as many rows as the other one. So rows move until they are shared equally and no
-    further, and a tenant that got its share of tokens with fewer rows takes none.
+    Of the tenants that were served more than a waiting one, the one that holds most rows, relative to its weight, gives
+    it rows, if it afterwards still holds at least as many as the other one. So rows move until they are shared equally
+    and no further, and a tenant that got its share of tokens with fewer rows takes none.
 
     Args:
         service: The tenants' accounts.
+        books: Counts the requests that are taken back.
     """
 
-    def __init__(self, service: TokenService) -> None:
+    def __init__(self, service: TokenService, books: Books) -> None:
         self._service = service
+        self._books = books
 
-    def find(self, request: Request, replicas: Iterable[ReplicaLink]) -> tuple[ReplicaLink, list[Request]] | None:
-        """Choose an executor for a request that none would take, and the running requests to take back from it.
+    def take(
+        self, request: Request, givers: Iterable[bytes], replicas: Collection[ReplicaLink]
+    ) -> tuple[ReplicaLink, list[Request]] | None:
+        """Choose an executor for a request that none would take, and the running requests in whose place it is sent
+        there; subtract their rows from their tenant's.
 
         Of the giving tenant's requests, the least urgent and then the newest are taken, so that its older ones end
         first. Returns None if the request has to wait.
+
+        Args:
+            request: The request that waits.
+            givers: The tenants, `TokenService.by_rows`.
+            replicas: The executors that take requests.
         """
-        tenant, giver = self._service.richest()
         taker = self._service[request.tenant]
-        if tenant == request.tenant or not self.may_take(request, giver):
-            return None
+        for tenant in givers:
+            giver = self._service[tenant]
+            if tenant == request.tenant or giver.rows_per_weight(-1) < taker.rows_per_weight(request.num_rows):
+                return None  # those that come after it hold no more rows
+            if taker.served + _LEAD / taker.weight > giver.served:
+                continue
+            if (found := self._find_rows_of(tenant, request, replicas)) is not None:
+                for victim in found[1]:
+                    self._service.take_rows(victim)
+                self._books.recalled += len(found[1])
+                return found
+        return None
+
+    def _find_rows_of(
+        self, tenant: bytes, request: Request, replicas: Collection[ReplicaLink]
+    ) -> tuple[ReplicaLink, list[Request]] | None:
+        giver, taker = self._service[tenant], self._service[request.tenant]
         best: tuple[ReplicaLink, list[Request]] | None = None
         for replica in replicas:
             if replica.takes_moves and not replica.is_suspect and _can_run(request, replica):
@@ -48,14 +73,6 @@ class RowRecall:
                 if best is None or len(victims) < len(best[1]):
                     best = (replica, victims)
         return best
-
-    def may_take(self, request: Request, giver: TenantAccount) -> bool:
-        """True if a request's tenant is far enough behind `giver` in rows and in tokens served."""
-        taker = self._service[request.tenant]
-        return (
-            giver.rows_per_weight(-1) >= taker.rows_per_weight(request.num_rows)
-            and taker.served + _LEAD / taker.weight <= giver.served
-        )
 
     def _victims(self, request: Request, replica: ReplicaLink, tenant: bytes) -> list[Request]:
         """Return the requests of one tenant that have to leave an executor to make room; empty if that would

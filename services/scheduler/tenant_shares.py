@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from typing import Generic, Protocol, TypeVar
@@ -76,6 +76,11 @@ class TenantShares(Generic[EntryT]):
     def __len__(self) -> int:
         """Return the number of tenants with waiting requests."""
         return len(self._holdings)
+
+    @property
+    def tenants(self) -> Collection[bytes]:
+        """The tenants with waiting requests."""
+        return self._holdings.keys()
 
     def add(self, entry: EntryT, *, may_be_dropped: bool) -> None:
         """Count a request that was queued."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from scalellm.services.scheduler.request import Request
@@ -42,13 +42,15 @@ class TenantAccount:
 class TokenService:
     """The accounts of all tenants: a virtual token counter (Sheng et al. 2024, "Fairness in Serving LLMs").
 
-    The tenant that was served least goes first. A tenant that was idle starts from the count of the least served one,
-    less a small credit, so that it gains nothing from the time in which it asked for nothing.
+    The tenant that was served least goes first. A tenant without waiting requests starts from the count of the least
+    served one that waits, less a small credit, so that it gains nothing from the time in which it asked for little. If
+    none waits, it starts from the count of the one whose request was dispatched last.
     """
 
     def __init__(self) -> None:
         self._active: dict[bytes, TenantAccount] = {}
         self._idle: dict[bytes, TenantAccount] = {}
+        self._last = TenantAccount()
 
     @property
     def num_active(self) -> int:
@@ -69,16 +71,21 @@ class TokenService:
         """Return the weight of an active tenant."""
         return self._active[tenant].weight
 
-    def enter(self, tenant: bytes, weight: float = 1.0) -> None:
-        """Count a request of a tenant that arrived, and open the tenant's account if it was idle."""
+    def enter(self, tenant: bytes, weight: float = 1.0, waiting: Collection[bytes] = ()) -> None:
+        """Count a request of a tenant that arrived, and open the tenant's account if it was idle.
+
+        Args:
+            tenant: The tenant.
+            weight: Its share of the service in relation to others.
+            waiting: The tenants with requests in the queue.
+        """
         account = self._active.get(tenant)
         if account is None:
-            account = self._idle.pop(tenant, None) or TenantAccount()
-            if self._active:
-                least = min(other.served for other in self._active.values())
-                account.served = max(account.served, least - _IDLE_CREDIT / weight)
-                self._forget_paid(least)
-            self._active[tenant] = account
+            account = self._active[tenant] = self._idle.pop(tenant, TenantAccount())
+        if tenant not in waiting:
+            least = min((self._active[other].served for other in waiting), default=self._last.served)
+            account.served = max(account.served, least - _IDLE_CREDIT / weight)
+            self._forget_paid(least)
         account.weight = weight
         account.num_open += 1
 
@@ -91,10 +98,11 @@ class TokenService:
             self._idle[tenant] = account
             if not self._active:
                 self._idle.clear()  # with no active tenant there is nobody to compare them with
+                self._last = TenantAccount()
 
-    def richest(self) -> tuple[bytes, TenantAccount]:
-        """Return the active tenant that holds most rows relative to its weight, and its account."""
-        return max(self._active.items(), key=lambda item: item[1].rows_per_weight())
+    def by_rows(self) -> list[bytes]:
+        """Return the active tenants, those that hold most rows relative to their weights first."""
+        return sorted(self._active, key=lambda tenant: -self._active[tenant].rows_per_weight())
 
     def goes_ahead(self, request: Request) -> bool:
         """True if a request may pass waiting requests of equal priority on its executor, since other tenants
@@ -102,13 +110,14 @@ class TokenService:
         """
         if len(self._active) < 2:
             return False
-        own, most = self._active[request.tenant], self.richest()[1]
-        return own.rows_per_weight(request.num_rows) <= most.rows_per_weight()
+        most = max(account.rows_per_weight() for account in self._active.values())
+        return self._active[request.tenant].rows_per_weight(request.num_rows) <= most
 
     def on_dispatch(self, request: Request, *, is_first: bool) -> None:
         """Count the rows of a dispatched request, and at the first dispatch its prompt tokens."""
         account = self._active[request.tenant]
         account.num_rows += request.executor.num_rows
+        self._last = account
         if is_first:
             account.charge(request.executor.charged_tokens)
 
@@ -126,6 +135,12 @@ class TokenService:
         """Subtract the rows of a request that leaves its executor, or was asked to, from its tenant's."""
         self._active[request.tenant].num_rows -= request.executor.num_rows
         request.executor.num_rows = 0
+
+    def take_ended_rows(self, request: Request) -> None:
+        """Subtract the rows of a request's samples that have ended, while the others run, from its tenant's."""
+        if (ended := request.executor.num_rows - request.num_rows) > 0:
+            self._active[request.tenant].num_rows -= ended
+            request.executor.num_rows -= ended
 
     def settle(self, request: Request) -> None:
         """Settle a request that is no longer on an executor: charge its output tokens and subtract its rows."""

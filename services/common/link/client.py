@@ -163,7 +163,10 @@ class LinkClient:
             self._outbox.clear()
             self._renewal = None
             self._count_due = False
-            self._handler.on_down(error)
+            try:
+                self._handler.on_down(error)
+            except Exception:  # as above: it must not keep the link from connecting again
+                _log.exception("the loss of the link to %s was not handled", self.address)
             # The delay counts from the beginning of the last attempt, because a starting peer lets its callers wait
             # already. The jitter prevents the links of many processes from reconnecting at the same time.
             await asyncio.sleep(max(_FIRST_DELAY, delay - (now() - began)) * random.uniform(0.8, 1.2))
