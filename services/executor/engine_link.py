@@ -99,7 +99,7 @@ class EngineLink:
         self._engine = engine
         self.demand = link_pb2.Renewal() if renews else None
         self._request_share = self._token_share = 1
-        self._most_granted = 0
+        self._most_share = 1
         self.traced = traced
         self._seq = 0
         self._num_accepted = self._accepted_tokens = 0
@@ -138,11 +138,12 @@ class EngineLink:
             self._engine.give_back((self.link, handle), "the scheduler took the request back")
         if self._engine.has_request(key):  # a Finish for the new request would end the other one with this handle
             raise StatusError.invalid("handle", f"{submit.handle} is in use on this link")
-        # A client that keeps to its credits cannot exceed this limit: credits that were moved to other links since then
-        # still count, and so do those of ended requests, of which it may not have heard.
-        self._most_granted = max(self._most_granted, self._granted_requests)
-        if self._num_accepted + self._num_refused >= self._most_granted:
-            message = f"granted_requests: {self._most_granted} requests came, more than that were not granted"
+        # A client that keeps to its credits cannot exceed this limit: credits that were moved to other links since it
+        # was told still count, and so do those of ended requests, of which it may not have heard. So it may send the
+        # one that comes in place of another without a credit.
+        limit = self._granted_requests - self._request_share + self._most_share
+        if self._num_accepted + self._num_refused >= limit:
+            message = f"granted_requests: {limit} requests came, more than that were not granted"
             raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
         charged_tokens = submit.charged_tokens if submit.HasField("charged_tokens") else len(submit.token_ids)
         try:
@@ -223,6 +224,7 @@ class EngineLink:
         """Set the requests and waiting prompt tokens that this link may hold. Returns whether either has changed."""
         before = (self._request_share, self._token_share)
         self._request_share, self._token_share = requests, tokens
+        self._most_share = max(self._most_share, requests)
         return before != (requests, tokens)
 
     def load(self, draining: bool) -> link_pb2.Load:
@@ -231,7 +233,6 @@ class EngineLink:
         credits = self._engine.link_credits(self.link)
         load.granted_prefill_tokens = credits.admitted_prefill_tokens + self._refused_tokens + self._token_share
         load.granted_requests = self._granted_requests
-        self._most_granted = max(self._most_granted, load.granted_requests)
         if self._untold is not None:
             load.step_time.CopyFrom(self._untold)
         return load

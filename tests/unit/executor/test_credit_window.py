@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -198,3 +199,29 @@ def test_a_scheduler_of_the_version_before_is_taken_to_want_its_share() -> None:
     assert sorted((new.granted["requests"], old.granted["requests"])) == [WINDOW // 2, WINDOW - WINDOW // 2]
     executor.close(old)
     assert new.granted["requests"] == WINDOW
+
+
+def submit(handle: int, max_tokens: int = 40, in_place_of: Sequence[int] = ()) -> link_pb2.ClientFrame:
+    sampling = common_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1)
+    return link_pb2.ClientFrame(
+        submit=link_pb2.Submit(handle=handle, token_ids=[1], sampling=sampling, in_place_of=in_place_of)
+    )
+
+
+@pytest.mark.parametrize("ends_first", [False, True], ids=["given back", "ended before"])
+def test_a_request_may_come_in_place_of_another_after_credits_moved_to_a_new_link(ends_first: bool) -> None:
+    executor = Executor()
+    first, second = Scheduler(1, 50, 1), Scheduler(2, 50, 1)
+    executor.open(first)
+    assert first.granted["requests"] == WINDOW
+    executor.open(second)  # of which the first has not heard when it sends these
+    executor.tell(second, second.renewal())
+    for handle in range(WINDOW):
+        executor.tell(first, submit(handle, max_tokens=1 if handle == 0 else 40))
+    if ends_first:  # and its Finish is on the way
+        while not first.finished:
+            executor.step()
+    executor.tell(first, submit(WINDOW, in_place_of=[0]))
+    assert executor.engine.has_request((1, WINDOW))
+    with pytest.raises(AssertionError, match="REFUSE"):  # one more than were granted
+        executor.tell(first, submit(WINDOW + 1))
