@@ -21,6 +21,8 @@ def check_request(request: EngineRequest, config: EngineConfig) -> None:
             f"so a prompt may have at most {config.max_model_len - 1}",
         )
     _check_token_ids("prompt", request.prompt_token_ids, config.vocab_size)
+    # A draft of such a token would make the step of all requests fail.
+    _check_token_ids("prediction_token_ids", request.prediction_token_ids, config.vocab_size)
     longest = config.max_model_len - num_prompt_tokens
     if sampling.max_tokens is not None:
         longest = min(longest, sampling.max_tokens)

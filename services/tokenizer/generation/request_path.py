@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
+from itertools import takewhile
 from types import TracebackType
 from typing import Self
 
@@ -304,9 +305,11 @@ class Generation(Call):
         max_tokens = fit_context(request, len(prompt.token_ids), welcome.max_model_len)
         submit = self._make_submit(prompt, max_tokens, salt)
         if request.prediction:
-            submit.prediction_token_ids.extend(
-                await edge.prompts.predicted(request.prediction, caller=self._tenant.name, max_tokens=MAX_PREDICTION)
+            predicted = await edge.prompts.predicted(
+                request.prediction, caller=self._tenant.name, max_tokens=MAX_PREDICTION
             )
+            # An answer cannot repeat a token that the model lacks, and nobody is refused for a guess.
+            submit.prediction_token_ids.extend(takewhile(lambda token_id: token_id < edge.vocab_size, predicted))
         return prompt, submit
 
     def _make_submit(self, prompt: Prompt, max_tokens: int, salt: TenantSalt) -> link_pb2.Submit:

@@ -83,6 +83,12 @@ async def test_a_text_of_a_token_that_the_model_lacks(client, scheduler) -> None
     request = tokenizer_pb2.DecodeRequest(token_ids=[49152], skip_special_tokens=False)
     assert (await client.tokenizer.Decode(request)).text == IMAGE_TOKEN
 
+    # A prediction is only a guess: it ends before the token, and its request runs.
+    kept = await client.tokenizer.Encode(tokenizer_pb2.EncodeRequest(text="A cat", add_special_tokens=False))
+    await client.generate(generation_pb2.GenerateRequest(prompt="Hi", prediction=f"A cat{IMAGE_TOKEN} sat"))
+    (submit,) = scheduler.submits
+    assert submit.prediction_token_ids == kept.token_ids
+
 
 @pytest.mark.parametrize("client", [NUM_TOKENS + 256], indirect=True)
 async def test_ids_of_a_model_that_is_padded_beyond_its_tokenizer(client, scheduler) -> None:

@@ -127,6 +127,7 @@ def test_stop_conditions(
         ({"resumed": (ResumedSample(0, ()), ResumedSample(0, ()))}, "resumed", "each once"),
         ({"resumed": (ResumedSample(0, (1,) * 6),), "max_tokens": 5}, "resumed", "at most 5"),
         ({"resumed": (ResumedSample(0, (VOCAB,)),)}, "resumed", f"between 0 and {VOCAB - 1}"),
+        ({"prediction_token_ids": (1, VOCAB)}, "prediction_token_ids", f"between 0 and {VOCAB - 1}"),
     ],
 )
 def test_refusals_name_field_and_limit(start: Start, changes: dict[str, object], field: str, message: str) -> None:
