@@ -86,10 +86,14 @@ class ScheduledBatch:
         """True if blocks move between device and host."""
         return bool(self.swap_outs or self.swap_ins)
 
+    def groups(self) -> dict[int, SequenceGroup]:
+        """Return the batch's requests, by arrival, including those that have ended since it was formed."""
+        sequences = (*(scheduled.seq for scheduled in self.sequences), *self.swapped_out)
+        return {seq.group.arrival: seq.group for seq in sequences}
+
     def live_groups(self) -> dict[int, SequenceGroup]:
         """Return the batch's requests that have not ended since it was formed, by arrival."""
-        sequences = (*(scheduled.seq for scheduled in self.sequences), *self.swapped_out)
-        return {seq.group.arrival: seq.group for seq in sequences if seq.group.samples}
+        return {arrival: group for arrival, group in self.groups().items() if group.samples}
 
 
 @dataclass(frozen=True, slots=True)

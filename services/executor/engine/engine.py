@@ -345,7 +345,7 @@ class Engine:
         group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1
 
     def _fail(self, failed: ScheduledBatch, error: Exception, now: float) -> None:
-        """Roll back the requests of a failed step. A lone request is the culprit and ends; else the search begins."""
+        """Roll back a failed step's requests. One alone in it is the culprit and ends; else the search begins."""
         self._counts.failed_steps += 1
         self._result.error = self._result.error or error
         suspects = failed.live_groups()
@@ -354,7 +354,7 @@ class Engine:
             others |= batch.live_groups()
         for group in (suspects | others).values():
             self._scheduler.roll_back(group, now)
-        if len(suspects) > 1:
+        if len(failed.groups()) > 1:
             self._faults.divide(sorted(suspects.values(), key=lambda group: group.arrival))
         else:
             message = f"the model runner failed ({type(error).__name__})"

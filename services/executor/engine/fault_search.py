@@ -35,7 +35,9 @@ class FaultSearch:
         self._trials: deque[list[_Suspect]] = deque()
 
     def divide(self, groups: Items[SequenceGroup]) -> None:
-        """Divide the requests of a failed step, at least two, into halves that are tried one after the other."""
+        """Divide the requests of a failed step into halves that are tried one after the other. One that is left of
+        several is tried, too, because the culprit may have been one that has ended since.
+        """
         suspects = [_Suspect(group, {seq.index: len(seq.token_ids) for seq in group.samples}) for group in groups]
         tried = {group.arrival for group in groups}
         rest = [[other for other in trial if other.group.arrival not in tried] for trial in self._trials]

@@ -191,6 +191,26 @@ def test_faults_of_one_request_at_random_steps_change_no_other_text(
     check_empty(engine)
 
 
+@pytest.mark.parametrize("overlap", engine_kit.Overlap)
+def test_nobody_ends_for_one_that_ended_before_the_failure_of_its_step_was_known(overlap: engine_kit.Overlap) -> None:
+    num_failed = 0
+    for num_steps in range(8):
+        engine = make_engine(overlap, lambda batch: holds_poison(batch, 10))
+        other, poison = make_requests(4, ignore_eos=True)[2:]
+        collector = engine_kit.Collector()
+        engine.add(other)
+        engine.add(poison)
+        for _ in range(num_steps):
+            collector.take(engine.step())
+        engine.abort(poison.key)  # its step may be in flight
+        engine_kit.run(engine, collector)
+        assert collector.finished[other.key].status is RequestStatus.OK
+        check_text(collector, other)
+        num_failed += engine.stats().failed_steps
+        check_empty(engine)
+    assert num_failed > 0
+
+
 def test_a_request_that_leaves_while_it_is_on_trial_is_missed_by_nobody() -> None:
     engine = make_engine(engine_kit.Overlap.NONE, lambda batch: holds_poison(batch, 11))
     requests = make_requests(6, ignore_eos=True)
