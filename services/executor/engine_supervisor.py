@@ -43,7 +43,7 @@ class EngineEnd(enum.Enum):
     CRASH = "crash"
     """The engine ended on its own."""
     STALL = "stall"
-    """The engine had work, took no step for the stall limit, and was ended."""
+    """The engine had work, took no step and ended no request for the stall limit, and was ended."""
 
 
 class LinkPort(Protocol):
@@ -291,11 +291,11 @@ class EngineSupervisor:
                 if port is not None:
                     port.on_frame(message.payload)
             case Kind.STATS:
-                steps = self.info.steps
+                progress = _progress(self.info)
                 self.info = executor_pb2.GetExecutorInfoResponse.FromString(message.payload)
                 if not self._ready:
                     self._become_ready()
-                if self.info.steps != steps or not self.num_unfinished:
+                if _progress(self.info) != progress or not self.num_unfinished:
                     # an idle engine counts as having work, since it must report twice a second
                     self._heartbeat.beat(has_work=True)
                 self._changed.set()
@@ -337,3 +337,10 @@ class EngineSupervisor:
         if self._process is not None:
             await self._process.kill()
         self._process = None
+
+
+def _progress(info: executor_pb2.GetExecutorInfoResponse) -> tuple[int, ...]:
+    """Return what changes as an engine gets on: its steps, and the ends of requests, because one that only compiles
+    grammars which turn out to be invalid takes no step.
+    """
+    return info.steps, info.finished, info.cancelled, info.rejected
