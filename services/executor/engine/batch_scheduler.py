@@ -86,9 +86,10 @@ class BatchScheduler:
         self._promote(group)
 
     def remove(self, seq: Sequence, now: float) -> None:
-        """Finish a waiting, running or pending sequence, and free its row and blocks."""
+        """Finish a waiting, running or pending sequence, and free its row, blocks and matcher."""
         group = seq.group
         status, seq.status = seq.status, SequenceStatus.FINISHED
+        seq.drop_matcher()
         if status is SequenceStatus.WAITING:
             self._leave_waiting(seq, now)
             self._swapper.drop(seq)

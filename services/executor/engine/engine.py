@@ -386,7 +386,6 @@ class Engine:
     def _remove_sample(self, seq: Sequence, reason: FinishReason, stop_token_id: int | None, now: float) -> None:
         self._scheduler.remove(seq, now)
         seq.finish_reason = reason
-        seq.matcher = None
         seq.group.num_unfinished -= 1
         finish = SampleFinish(seq.group.key, seq.index, reason, stop_token_id)
         self._result_of(seq.group).samples_finished.append(finish)

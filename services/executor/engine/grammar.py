@@ -25,6 +25,11 @@ class Matcher(Protocol):
         and no other method may be called until it is available.
         """
 
+    def cancel(self) -> None:
+        """Cancel the computation of a mask that has not begun, as the sample has ended. No other method is called after
+        this one.
+        """
+
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
         """Advance through the sample's output tokens, `token_ids[start:]`. Tokens of earlier calls are skipped."""
 

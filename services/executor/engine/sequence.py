@@ -100,6 +100,12 @@ class Sequence:
             return False
         return self.num_pending_tokens > 0 or not matcher.has_mask(self.token_ids, self.group.num_prompt_tokens)
 
+    def drop_matcher(self) -> None:
+        """Drop the state of the sample's text in its grammar once it has ended, and cancel the mask it waits for."""
+        if self.matcher is not None:
+            self.matcher.cancel()
+            self.matcher = None
+
     @property
     def num_output_tokens(self) -> int:
         """Number of output tokens, those of an earlier executor included."""

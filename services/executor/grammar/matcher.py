@@ -85,6 +85,11 @@ class LlMatcher:
             self._made = self._thread.submit(self._make, list(token_ids), start)
         return self._made.done()
 
+    def cancel(self) -> None:
+        """Take a mask that nobody will draw from out of the thread's queue, where those of other samples wait."""
+        if self._made is not None:
+            self._made.cancel()
+
     def take_mask(self, token_ids: Sequence[int]) -> npt.NDArray[np.int32] | None:
         """Return the mask after these tokens that the thread has computed, waiting for it; None if none was asked for.
 

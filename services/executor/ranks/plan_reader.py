@@ -27,6 +27,9 @@ class ToldMatcher:
         """Return True: rank 0 sends the mask with the step."""
         return True
 
+    def cancel(self) -> None:
+        """Do nothing: rank 0 computes the masks."""
+
     def follow(self, token_ids: object, start: int = 0) -> None:
         """Do nothing."""
 

@@ -21,11 +21,16 @@ class HeldMatcher(Matcher):
 
     def __init__(self) -> None:
         self.is_held = True
+        self.is_cancelled = False
         self.asked_for: set[int] = set()
 
     def has_mask(self, token_ids: Sequence[int], start: int = 0) -> bool:
         self.asked_for.add(len(token_ids) - start)
         return not self.is_held
+
+    def cancel(self) -> None:
+        assert not self.is_cancelled
+        self.is_cancelled = True
 
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
         raise AssertionError("only masks need its tokens")
@@ -134,6 +139,27 @@ def test_one_that_is_cancelled_meanwhile_leaves_nothing(engine, grammars) -> Non
     load = engine.load()
     assert (load.free_blocks, load.running, load.waiting) == (load.total_blocks, 0, 0)
     assert not engine.only_awaits_grammars
+
+
+@pytest.mark.parametrize("end", ["abort", "samples", "give back", "link"])
+def test_masks_of_samples_that_have_ended_are_cancelled(engine, grammars, end: str) -> None:
+    """All tenants' masks wait in one queue."""
+    held, collector = add(engine, 1, "slow", n=2), Collector()
+    for _ in range(3):
+        step(engine, collector)
+    assert not any(matcher.is_cancelled for matcher in grammars.made)
+    if end == "samples":
+        for index in range(2):
+            engine.abort(held.key, index)
+            assert [matcher.is_cancelled for matcher in grammars.made] == [True, index == 1]
+    elif end == "abort":
+        engine.abort(held.key)
+    elif end == "link":
+        engine.drop_link(held.key[0])
+    else:
+        engine.give_back(held.key, "taken back")
+    assert [matcher.is_cancelled for matcher in grammars.made] == [True, True]
+    engine_kit.run(engine, collector)
 
 
 def test_preempted_ones_come_back_only_with_their_masks(grammars) -> None:

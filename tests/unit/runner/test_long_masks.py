@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -67,6 +68,25 @@ def test_rows_of_drafts_are_masked_although_the_first_mask_was_computed_before_t
     masks = Masks(2, len(VOCABULARY.tokens))
     assert not masks.fill(rows)
     assert [{masks.pick(place, number) for number in range(9)} for place in (0, 1)] == [{draft}, {*ids_of("BC")}]
+
+
+def test_a_mask_that_is_cancelled_before_its_turn_takes_no_time_of_the_thread(compiler, monkeypatch) -> None:
+    made, make, may_go_on = [], LlMatcher._make, threading.Event()
+
+    def noted(matcher: LlMatcher, *args: object) -> object:
+        made.append(matcher)
+        return make(matcher, *args)
+
+    monkeypatch.setattr(LlMatcher, "_make", noted)
+    ended, other = matcher_of(compiler), matcher_of(compiler)
+    ended.cancel()  # nothing was asked for yet
+    compiler._mask_thread.submit(may_go_on.wait)
+    assert not ended.has_mask([])
+    assert not other.has_mask([])
+    ended.cancel()
+    may_go_on.set()
+    take_masks(other, 1)
+    assert made == [other]
 
 
 def test_samples_of_a_grammar_come_into_the_steps_once_its_masks_are_quick(compiler) -> None:
