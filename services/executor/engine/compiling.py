@@ -1,10 +1,13 @@
 """The requests that wait for the compilation of their grammars."""
 
+import logging
 from collections.abc import Iterator
 
 from scalellm.services.executor.engine.grammar import GrammarCompiler, GrammarError
 from scalellm.services.executor.engine.sampling_params import InvalidRequestError
 from scalellm.services.executor.engine.sequence import SequenceGroup
+
+_log = logging.getLogger(__name__)
 
 
 class Compiling:
@@ -33,10 +36,15 @@ class Compiling:
             raise InvalidRequestError("structured_output", "must be absent: this executor has no tokenizer")
 
     def start(self, group: SequenceGroup) -> None:
-        """Start to compile the grammar of a checked request, if it has one."""
+        """Start to compile the grammar of a checked request, if it has one. Raises InvalidRequestError if that fails,
+        because the engine must go on.
+        """
         if self._compiler is not None and group.request.grammar:
             outputs = [seq.token_ids[group.num_prompt_tokens :] for seq in group.samples]
-            group.compilation = self._compiler.start(group.request.grammar, outputs)
+            try:
+                group.compilation = self._compiler.start(group.request.grammar, outputs)
+            except Exception as error:
+                raise InvalidRequestError("structured_output", _unexpected(error, group)) from error
             self._groups[group.arrival] = group
 
     def take(self) -> Iterator[tuple[SequenceGroup, str]]:
@@ -50,6 +58,8 @@ class Compiling:
                 matchers = group.compilation.matchers()
             except GrammarError as error:
                 yield group, str(error)
+            except Exception as error:
+                yield group, _unexpected(error, group)
             else:
                 for seq, matcher in zip(group.samples, matchers, strict=True):
                     seq.matcher = matcher
@@ -61,3 +71,9 @@ class Compiling:
             group.compilation.cancel()
             group.compilation = None
             del self._groups[group.arrival]
+
+
+def _unexpected(error: Exception, group: SequenceGroup) -> str:
+    """Log an error of the compiler itself, which ends only the request, and return the message for the client."""
+    _log.error("a grammar could not be compiled", exc_info=error, extra={"request_id": group.request.request_id})
+    return f"the grammar could not be compiled ({type(error).__name__})"

@@ -105,12 +105,12 @@ class Engine:
             group = self._make_group(request)
             self._capacity.check(group)
             self._supersede(request)
+            self._compiling.start(group)
         except (InvalidRequestError, SupersededError):
             self._books.rejected += 1
             raise
         self._num_arrivals += 1
         self._books.enter(group)
-        self._compiling.start(group)
         self._scheduler.add(group)
         now = self._clock()
         for seq in group.samples:

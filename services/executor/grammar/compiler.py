@@ -109,9 +109,12 @@ class LlCompilation:
     def matchers(self) -> Sequence[LlMatcher]:
         """Return one matcher per sample. Raises GrammarError."""
         try:
-            return self._future.result()
+            error = self._future.exception()
         except CancelledError:
             raise GrammarError("it was cancelled") from None
+        if error is not None and not isinstance(error, Exception):
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error  # a panic of Rust is no Exception
+        return self._future.result()
 
     def cancel(self) -> None:
         """Cancel the compilation. One that has begun is completed all the same."""
