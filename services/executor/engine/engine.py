@@ -189,7 +189,7 @@ class Engine:
             started = self._clock()
         self._scheduler.only = on_trial = self._faults.on_trial()
         batch = self._schedule(started)
-        if on_trial is not None and not batch.sequences and not self._pipeline:
+        if on_trial is not None and not (batch.sequences or batch.has_swaps or self._pipeline):
             # Paused requests may hold the blocks that the suspects need; once preempted, the suspects fit.
             for group in self._scheduler.running_groups():
                 if group.arrival not in on_trial:

@@ -8,7 +8,14 @@ import pytest
 
 import engine_kit
 from engine_kit import Collector
-from scalellm.services.executor.engine import AbortReason, Engine, EngineRequest, RequestStatus
+from scalellm.services.executor.engine import (
+    AbortReason,
+    Engine,
+    EngineRequest,
+    RequestStatus,
+    ScheduledBatch,
+    SwapCost,
+)
 from scalellm.services.executor.engine.batch import ScheduledSequence
 from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from scalellm.services.executor.engine.grammar import Compilation, Matcher
@@ -179,3 +186,50 @@ def test_preempted_ones_come_back_only_with_their_masks(grammars) -> None:
     for request in requests:
         assert collector.finished[request.key].status is RequestStatus.OK
         assert len(collector.tokens[request.key, 0]) == 12
+
+
+def test_blocks_that_are_swapped_out_on_trial_come_back_as_they_were(grammars) -> None:
+    """A step may have nothing else to do, where the other suspect only waits for a mask."""
+    config = engine_kit.make_config(
+        num_blocks=13, num_host_blocks=13, max_model_len=48, max_num_batched_tokens=8, enable_prefix_cache=False
+    )
+    clock, is_failing = engine_kit.SimClock(), [False]
+
+    def execute(batch: ScheduledBatch) -> None:
+        clock.advance(1.0)
+        if is_failing[0]:
+            is_failing[0] = False
+            raise ValueError("once")
+
+    runner = engine_kit.FakePagedRunner(config, on_execute=execute)
+    engine, collector = Engine(config, runner, clock, SwapCost(1, 1e9), grammars), Collector()
+    first, large, growing = requests = [
+        engine_kit.make_request(handle, [handle] * size, n=n, grammar="slow", max_tokens=22, min_tokens=22)
+        for handle, size, n in ((1, 2, 1), (2, 25, 1), (3, 5, 2))
+    ]
+    for request in requests:
+        engine.add(request)
+    for matcher in grammars.made:
+        matcher.is_held = False
+    while len(collector.tokens) < 4:
+        step(engine, collector)
+    is_failing[0] = True
+    step(engine, collector)
+    *_, large_matcher, _, sibling = grammars.made
+    sibling.is_held = True  # so that its request stays on trial
+    while not large_matcher.is_held:
+        step(engine, collector)
+        large_matcher.is_held = any(seq.group.key == large.key for seq in engine._scheduler.running())
+    while not any(seq.group.key == growing.key for seq in engine._scheduler.running()):
+        step(engine, collector)
+    # It takes all blocks but those of the large one, which it may not take, and then gives up its own.
+    while any(seq.group.key == growing.key for seq in engine._scheduler.running()):
+        step(engine, collector)
+    assert len(collector.tokens[growing.key, 0]) > 10
+    assert engine.load().running_sequences == 1
+    for matcher in grammars.made:
+        matcher.is_held = False
+    engine_kit.run(engine, collector)
+    for request in (first, large, growing):
+        for index in range(request.sampling.n):
+            assert collector.tokens[request.key, index] == engine_kit.undisturbed(request, index, 48)[0]
