@@ -306,7 +306,7 @@ class KeptRequest:
                 fence = await self._journal.take(self.tenant, self.head.request_id, reading.execution, reading.fence)
                 if fence:
                     await self._take_over(fence, reading.time_left)
-                    self._is_cancelled = reading.is_cancelled
+                    self._is_cancelled |= reading.is_cancelled  # a Cancel may have come meanwhile
                     return
             await asyncio.sleep(_POLL)
             if not self.num_followers:

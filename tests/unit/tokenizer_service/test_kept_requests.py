@@ -1,0 +1,82 @@
+"""The kept requests of one worker, with a journal that answers when a test wants it to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from unittest.mock import AsyncMock, MagicMock
+
+import grpc
+
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.tokenizer.kept.journal import Entry, Head, Reading, Written, digest
+from scalellm.services.tokenizer.kept.kept_request import KeptRequest
+from scalellm.services.tokenizer.kept.kept_requests import KeptRequests
+from scalellm.services.tokenizer.rpc import CallGate
+from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from service_processes import PATIENCE
+
+TENANT = Tenant("acme")
+REQUEST = generation_pb2.GenerateRequest(prompt="x", request_id="r")
+
+
+class FakeJournal:
+    """The journal of one request that runs elsewhere."""
+
+    def __init__(self) -> None:
+        sampling = common_pb2.SamplingParams(n=1, seed=1, max_tokens=100)
+        submit = link_pb2.Submit(request_id="r", token_ids=[1, 2], sampling=sampling, execution_id=b"e")
+        self.request_head: Head | None = Head(digest(REQUEST), REQUEST, submit, generation_pb2.Started(request_id="r"))
+        self.lease_left = 1000
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def head(self, tenant: Tenant, request_id: str) -> Head | None:
+        return self.request_head
+
+    async def read(self, tenant: Tenant, request_id: str, num_bytes: int = 0, edition: str = "") -> Reading:
+        return Reading(b"e", 1, self.lease_left, None, None, False, "1", link_pb2.StepOutput(), 0)
+
+    async def take(self, tenant: Tenant, request_id: str, execution: bytes, fence: int) -> int:
+        return fence + 1
+
+    async def write(self, entries: Sequence[Entry]) -> list[tuple[Written, int]]:
+        await self.answers.wait()
+        return [(Written.DONE, 0) for _ in entries]
+
+
+class Line:
+    """The kept requests of a worker, and all around them."""
+
+    def __init__(self) -> None:
+        self.journal, self.gate = FakeJournal(), CallGate()
+        self.kept = KeptRequests(self.journal, self.gate, 3.0)  # type: ignore[arg-type]
+        self.edge = MagicMock(quotas=SimpleNamespace(admit=AsyncMock(return_value=None)))
+        self.edge.models.serving.return_value = self.edge
+
+    async def find(self) -> KeptRequest:
+        return await self.kept.find(self.edge.models, TENANT, "r")
+
+
+async def test_a_cancel_during_a_takeover_is_not_lost() -> None:
+    line = Line()
+    line.journal.lease_left = 0
+    taken, admitted = asyncio.Event(), asyncio.Event()
+
+    async def admit(tenant: Tenant, priority: int) -> None:
+        taken.set()
+        await admitted.wait()
+
+    line.edge.quotas.admit = admit
+    kept = await line.find()
+    with kept.followed():
+        await asyncio.wait_for(taken.wait(), PATIENCE)
+        cancelling = asyncio.create_task(kept.cancel())
+        await asyncio.sleep(0)
+        admitted.set()
+        await asyncio.wait_for(cancelling, PATIENCE)
+    assert kept.transcript.error is not None
+    assert kept.transcript.error.code == grpc.StatusCode.CANCELLED.value[0]
+    assert not line.edge.schedulers.submit.called
+    await line.kept.stop()
