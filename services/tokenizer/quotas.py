@@ -67,9 +67,12 @@ class Lease:
         limit = self._account.limits.tokens_per_minute
         if limit is None:
             return
-        amount = min(tokens, limit)  # at most a full bucket is charged
-        await self._quotas._reserve(self._account, amount)
-        self._reserved = amount
+        self._reserved = min(tokens, limit)  # at most a full bucket is charged
+        try:
+            await self._quotas._reserve(self._account, self._reserved)
+        except StatusError:
+            self._reserved = 0
+            raise
 
     def end(self, tokens: int) -> None:
         """End the request, which has used `tokens` tokens; the rest of its reservation is given back."""
@@ -242,7 +245,13 @@ class TenantQuotas:
         return None
 
     async def _reserve(self, account: _Account, tokens: int) -> None:
-        refusal = await self._ask_redis(account, admit=False, reserve=tokens) if self._may_ask_redis() else None
+        refusal: _Refusal | None = None
+        if self._may_ask_redis():
+            try:
+                refusal = await self._ask_redis(account, admit=False, reserve=tokens)
+            except BaseException:
+                self._fill(account, tokens)  # Redis may have charged them before we were cancelled; `_end` returns them
+                raise
         if refusal is None and not self.is_shared:
             refusal = self._check_tokens(account)
             if refusal is None:
@@ -296,6 +305,7 @@ class TenantQuotas:
                     str(limits.tokens_per_minute or 0),
                     str(reserve),
                 )
+                tokens = 0  # Redis has them, even if we are cancelled now
         except REDIS_ERRORS as error:
             account.unreported_tokens += tokens
             self._report(account)
@@ -306,6 +316,10 @@ class TenantQuotas:
             self.is_shared = False
             self.num_failures += 1
             return None
+        except BaseException:
+            account.unreported_tokens += tokens
+            self._report(account)
+            raise
         if not self.is_shared:
             _log.info("Redis answers, the tenants' limits are shared again")
         self.is_shared = True

@@ -233,3 +233,69 @@ async def test_a_stalled_redis_is_waited_for_once_and_nothing_is_forgotten(worke
                 await asyncio.sleep(0.1)
         assert not hasty.is_degraded
         assert 400 < (await refusal(patient, tenant)).retry_after <= 600
+
+
+class Ledger:
+    """A Redis that adds up the tokens that it charges, and does not answer while it is told so."""
+
+    def __init__(self):
+        self.charged, self.asked = 0, asyncio.Event()
+        self.answers, self.charges = True, True
+
+    async def eval(self, *what):
+        *_, tokens, _, _, _, reserve = what
+        if self.charges:
+            self.charged += int(tokens) + int(reserve)
+        self.asked.set()
+        if not self.answers:
+            await asyncio.Event().wait()
+        return b"", 0
+
+    async def aclose(self):
+        pass
+
+
+async def cancelled_reservation(ledger, lease, tokens):
+    """Let a call leave while Redis is asked to reserve its tokens."""
+    ledger.asked.clear()
+    ledger.answers = False
+    reserving = asyncio.create_task(lease.reserve(tokens))
+    await asyncio.wait_for(ledger.asked.wait(), PATIENCE)
+    ledger.answers = ledger.charges = True  # what is asked from now on
+    reserving.cancel()
+    await asyncio.gather(reserving, return_exceptions=True)
+
+
+async def test_what_a_call_reserved_that_left_meanwhile_is_given_back():
+    ledger = Ledger()
+    tenant = Tenant("acme", TenantLimits(tokens_per_minute=600))
+    async with running(TenantQuotas(ledger, "w", clock=Clock())) as (worker,):
+        lease = await worker.admit(tenant)
+        await cancelled_reservation(ledger, lease, 1000)
+        assert ledger.charged == 600
+        lease.end(7)  # of its prompt
+        await eventually(lambda: ledger.charged == 7)
+        account = worker._accounts["scalellm:quota:{acme}"]
+        assert account.tokens_until == pytest.approx(worker.clock() + 0.7), "nor is more charged here"
+
+
+async def test_a_refused_reservation_gives_nothing_back():
+    tenant = Tenant("acme", TenantLimits(tokens_per_minute=600))
+    async with running(TenantQuotas(None, "w", clock=Clock())) as (worker,):
+        first, second = await worker.admit(tenant), await worker.admit(tenant)
+        await first.reserve(600)
+        with pytest.raises(StatusError):
+            await second.reserve(600)
+        second.end(0)
+        await refusal(worker, tenant)
+
+
+async def test_what_could_not_be_reported_as_the_call_left_is_reported_later():
+    ledger = Ledger()
+    tenant = Tenant("acme", TenantLimits(tokens_per_minute=600))
+    async with running(TenantQuotas(ledger, "w", clock=Clock())) as (worker,):
+        lease = await worker.admit(tenant)
+        worker._accounts["scalellm:quota:{acme}"].unreported_tokens = 50  # of another call
+        ledger.charges = False
+        await cancelled_reservation(ledger, lease, 600)
+        await eventually(lambda: ledger.charged == 50)
