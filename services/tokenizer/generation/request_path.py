@@ -195,13 +195,13 @@ class Generation(Call):
         self._identify(request.request_id if is_id(request.request_id) else f"req-{secrets.token_hex(8)}")
         tell_apart(request, edge.prompts.writing)
         is_kept = request.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP
-        if is_kept and is_id(request.request_id):
-            kept = await edge.kept.find_same(edge, self._tenant, request)
-            if kept is not None:
-                async with edge.quotas.reading(self._tenant):
+        if is_kept and is_id(request.request_id) and await edge.kept.find_same(edge, self._tenant, request) is not None:
+            async with edge.quotas.reading(self._tenant):
+                # again, because it is not followed for long without a reader
+                if (kept := await edge.kept.find_same(edge, self._tenant, request)) is not None:
                     async for event in self._follow(kept, (), request.stream_interval or 1):
                         yield event
-                return
+                    return
         # Check the queue before any costly work: under overload most requests end here.
         salt = TenantSalt(edge.salt_secret, self._tenant)
         edge.schedulers.check_room(salt.tenant)

@@ -75,6 +75,7 @@ class KeptRequest:
         num_followers: Calls that read it.
         was_refused: True if it was refused before it ran, so that its id is free.
         was_replaced: True if its id stands for another execution, which a client began after Redis lost the journal.
+        is_left: True if it is followed no longer, because its last reader has left. New readers need another one.
         is_journaled: True if the last write to its journal succeeded.
     """
 
@@ -115,6 +116,7 @@ class KeptRequest:
         self._accepted = asyncio.Event()
         self.was_refused = False
         self.was_replaced = False
+        self.is_left = False
         if not fence:
             self._accepted.set()
         self._is_cancelled = False
@@ -130,7 +132,7 @@ class KeptRequest:
     @property
     def has_its_id(self) -> bool:
         """True while its id stands for it."""
-        return not (self.was_refused or self.was_replaced)
+        return not (self.was_refused or self.was_replaced or self.is_left)
 
     def start(self, on_end: Callable[[KeptRequest], None]) -> None:
         """Start running or following it; `on_end` is called when that has ended and its journal is complete."""
@@ -169,6 +171,7 @@ class KeptRequest:
         finally:
             self.num_followers -= 1
             if not self.num_followers and not self.is_here and self._task is not None:
+                self.is_left = True
                 self._task.cancel()
 
     async def look(self) -> None:
@@ -310,6 +313,7 @@ class KeptRequest:
                     return
             await asyncio.sleep(_POLL)
             if not self.num_followers:
+                self.is_left = True
                 raise asyncio.CancelledError
 
     async def _take_over(self, fence: int, time_left: float | None) -> None:
@@ -372,9 +376,10 @@ class KeptRequest:
         self._is_known.set()
         if not self._accepted.is_set():
             self._refuse(error)
-        async with self._writing:
-            if self.is_here and not self._writes_nothing and not self._end_is_written:
-                await self._write_last(error)
+        if self.is_here:
+            async with self._writing:
+                if self.is_here and not self._writes_nothing and not self._end_is_written:
+                    await self._write_last(error)
 
     async def _write_last(self, error: StatusError) -> None:
         end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)

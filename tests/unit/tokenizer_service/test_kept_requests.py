@@ -8,14 +8,16 @@ from types import SimpleNamespace
 from unittest.mock import AsyncMock, MagicMock
 
 import grpc
+import pytest
 
 from scalellm.services.common.api_keys import Tenant
+from scalellm.services.tokenizer.kept import kept_request
 from scalellm.services.tokenizer.kept.journal import Entry, Head, Reading, Written, digest
 from scalellm.services.tokenizer.kept.kept_request import KeptRequest
 from scalellm.services.tokenizer.kept.kept_requests import KeptRequests
 from scalellm.services.tokenizer.rpc import CallGate
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from service_processes import PATIENCE
+from service_processes import PATIENCE, eventually
 
 TENANT = Tenant("acme")
 REQUEST = generation_pb2.GenerateRequest(prompt="x", request_id="r")
@@ -79,4 +81,34 @@ async def test_a_cancel_during_a_takeover_is_not_lost() -> None:
     assert kept.transcript.error is not None
     assert kept.transcript.error.code == grpc.StatusCode.CANCELLED.value[0]
     assert not line.edge.schedulers.submit.called
+    await line.kept.stop()
+
+
+async def test_who_comes_after_the_last_reader_does_not_get_a_follower_that_ends() -> None:
+    line = Line()
+    first = await line.find()
+    async with line.kept._writing:  # Redis is slow
+        with first.followed():
+            await asyncio.wait_for(first.look(), PATIENCE)
+        second = await line.find()
+        assert second is not first
+        with second.followed():
+            await asyncio.wait_for(second.look(), PATIENCE)
+            await eventually(lambda: line.kept._all == {second})
+            assert first.transcript.is_over
+            assert not second.transcript.is_over
+            assert await line.find() is second
+    await line.kept.stop()
+
+
+async def test_who_comes_after_a_follower_had_no_reader_gets_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_request, "_POLL", 0.0)
+    line = Line()
+    first = await line.find()
+    async with line.kept._writing:
+        while not first.transcript.is_over:
+            await asyncio.sleep(0)
+        second = await line.find()
+        assert second is not first
+        assert not second.transcript.is_over
     await line.kept.stop()
