@@ -64,8 +64,9 @@ class Call(ABC):
             ...  # generation.server_timing
 
     A call counts as running from entering to leaving the context. An exception inside the context ends the call:
-    StatusError with its status, a cancellation (the client left, or its deadline passed) with `Caller.cancellation`,
-    any other with INTERNAL. The request is then aborted, unless it is kept, and its end is logged, counted and traced.
+    StatusError with its status, a cancellation or a failed write (the client left, or its deadline passed) with
+    `Caller.cancellation`, any other with INTERNAL. The request is then aborted, unless it is kept, and its end is
+    logged, counted and traced.
 
     Args:
         edge: The worker.
@@ -111,7 +112,7 @@ class Call(ABC):
         failure: StatusError | None = None
         if isinstance(error, StatusError):
             failure = error
-        elif isinstance(error, asyncio.CancelledError):
+        elif isinstance(error, asyncio.CancelledError | ConnectionError | grpc.aio.BaseError):
             failure = self._caller.cancellation()
         elif error is not None:
             failure = StatusError(grpc.StatusCode.INTERNAL, "internal error; see the line before")

@@ -6,7 +6,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from unittest.mock import AsyncMock, MagicMock
 
+import grpc
 import pytest
+from aiohttp import ClientConnectionResetError
 
 from scalellm.services.common.api_keys import Tenant
 from scalellm.services.tokenizer.generation import request_path
@@ -53,3 +55,24 @@ async def test_a_request_sent_again_is_found_once_more_when_it_may_be_read(monke
     async with generation:
         assert [event async for event in generation.events] == [generation_pb2.Finished()]
     assert read == [follower]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ClientConnectionResetError("Cannot write to closing transport"), grpc.StatusCode.CANCELLED),
+        (grpc.aio.UsageError("RPC already finished."), grpc.StatusCode.CANCELLED),
+        (ValueError("a bug"), grpc.StatusCode.INTERNAL),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_client_that_left_before_a_write_is_no_error_of_the_server(
+    error: Exception, code: grpc.StatusCode
+) -> None:
+    generation, edge = make_generation(generation_pb2.GenerateRequest())
+    with pytest.raises(type(error)):
+        async with generation:
+            raise error
+    edge.metrics.count_end.assert_called_once_with("http", code)
+    (end,) = edge.request_log.write.call_args.args
+    assert end.error.code is code
