@@ -286,9 +286,11 @@ class Worker:
         await service.health.publish()
         if remaining := await draining:
             _log.warning("%d calls did not finish in time and end with UNAVAILABLE", remaining)
-            await kept.stop()
+            stopping = asyncio.create_task(kept.stop())
+            await asyncio.sleep(0)  # let the kept requests end first: their clients are told to resume
             for edge in edges:  # so that clients get a status instead of a broken connection
                 edge.schedulers.end_all("the server is shutting down")
+            await stopping
 
 
 def _watch_redis(redis: Redis) -> RedisWatch:

@@ -139,11 +139,11 @@ class KeptRequest:
         self._task = asyncio.create_task(self._run(), name=f"kept {self.head.request_id}")
         self._task.add_done_callback(lambda _: on_end(self))
 
-    async def stop(self) -> None:
-        """Stop, and give the request up, so that other workers can take it over."""
+    def stop(self) -> asyncio.Task[None]:
+        """Give the request up, so that other workers can take it over. Returns the task that does so."""
         assert self._task is not None
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        return self._task
 
     async def cancel(self) -> None:
         """Cancel the request in any worker, and wait for its end. Raises StatusError NOT_FOUND, UNAVAILABLE."""

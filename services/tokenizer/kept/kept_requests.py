@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 _TICK = 0.05
 """Seconds between two writes to the journals."""
 
+_LAST_WRITES = 2.0
+"""Seconds in which a worker that stops tells the journals so. Without that, the leases on its requests expire."""
+
 _RETRY = 1.0
 """Seconds until the next attempt after Redis did not answer."""
 
@@ -108,7 +111,7 @@ class KeptRequests:
     async def forget(self, edges: Edges, tenant: Tenant, request_id: str) -> None:
         """Cancel a request and remove its journal. Raises StatusError NOT_FOUND, UNAVAILABLE."""
         kept = await self.cancel(edges, tenant, request_id)
-        await kept.stop()  # a later write would create its journal again
+        await asyncio.wait((kept.stop(),))  # a later write would create its journal again
         if self._journal is not None and (reading := await self._journal.read(tenant, request_id)) is not None:
             await self._journal.forget(tenant, request_id, reading.execution, reading.fence)
 
@@ -192,8 +195,13 @@ class KeptRequests:
                 await asyncio.sleep(_RETRY)
 
     async def stop(self) -> None:
-        """Give up the running requests, so that other workers can take them over at once."""
-        await asyncio.gather(*(kept.stop() for kept in tuple(self._all)))
+        """Give up the running requests, so that other workers can take them over at once, or once the leases on them
+        have expired if Redis does not answer in `_LAST_WRITES` seconds.
+        """
+        if stopping := [kept.stop() for kept in self._all]:
+            _, late = await asyncio.wait(stopping, timeout=_LAST_WRITES)
+            if late:
+                _log.warning("%d requests are taken over only when their leases expire: Redis is slow", len(late))
 
     async def _write(self) -> bool:
         """Write all due entries. Returns False if Redis failed."""

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from scalellm.services.common.api_keys import Tenant
-from scalellm.services.tokenizer.kept import kept_request
+from scalellm.services.tokenizer.kept import kept_request, kept_requests
 from scalellm.services.tokenizer.kept.journal import Entry, Head, Reading, Written, digest
 from scalellm.services.tokenizer.kept.kept_request import KeptRequest
 from scalellm.services.tokenizer.kept.kept_requests import KeptRequests
@@ -112,3 +112,24 @@ async def test_who_comes_after_a_follower_had_no_reader_gets_another_one(monkeyp
         assert second is not first
         assert not second.transcript.is_over
     await line.kept.stop()
+
+
+async def test_a_silent_redis_does_not_hold_up_a_worker_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_requests, "_LAST_WRITES", 0.0)
+    line = Line()
+    line.journal.lease_left = 0
+
+    async def admit(tenant: Tenant, priority: int) -> None:  # it is here, and does not run yet
+        await asyncio.Event().wait()
+
+    line.edge.quotas.admit = admit
+    kept = await line.find()
+    with kept.followed():
+        await eventually(lambda: kept.is_here)
+        line.journal.answers.clear()
+        await asyncio.wait_for(line.kept.stop(), PATIENCE)
+        await eventually(lambda: kept.transcript.is_over)
+    assert kept.transcript.error is not None
+    assert kept.transcript.error.message == "the server is shutting down; resume the request"
+    line.journal.answers.set()
+    await eventually(lambda: not line.kept._all)
