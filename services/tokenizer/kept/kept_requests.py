@@ -74,22 +74,15 @@ class KeptRequests:
         """Return a request by its id, whichever worker runs or ran it. Raises StatusError NOT_FOUND, UNAVAILABLE, and
         FAILED_PRECONDITION if its model is no longer served.
         """
-        key = (tenant.name, request_id)
-        if (kept := self._by_id.get(key)) is not None and kept.has_its_id:
-            return kept
         if self._journal is None:
             raise StatusError(
                 grpc.StatusCode.FAILED_PRECONDITION, "no requests are kept: the service was started without --redis-url"
             )
-        head = await self._journal.head(tenant, request_id)
-        # it may have been begun during the look-up
-        if (kept := self._by_id.get(key)) is not None and kept.has_its_id:
-            return kept
-        if head is None:
+        kept = self._known(tenant, request_id)
+        if kept is None:
+            kept = self._follow(edges, tenant, request_id, await self._journal.head(tenant, request_id))
+        if kept is None:
             raise no_request(request_id)
-        edge = edges.serving(head.started.model)
-        kept = KeptRequest(edge, self._journal, self._writing, tenant, head)
-        self._start(kept)
         return kept
 
     async def model_of(self, tenant: Tenant, request_id: str) -> str:
@@ -121,15 +114,20 @@ class KeptRequests:
         """Return the kept request that was begun by an earlier sending of this one; None if it is new, or Redis does
         not answer.
 
-        Raises StatusError ALREADY_EXISTS if another request was begun with the same id.
+        Raises StatusError ALREADY_EXISTS if another request was begun with the same id; UNAVAILABLE if the service is
+        shutting down, as another worker has to follow it; FAILED_PRECONDITION as `find` does.
         """
         if self._journal is None:
             return None
-        try:
-            kept = await self.find(edge.models, tenant, request.request_id)
-        except StatusError:
-            return None
-        kept.head.check_same(request)
+        kept = self._known(tenant, request.request_id)
+        if kept is None:
+            try:
+                head = await self._journal.head(tenant, request.request_id)
+            except StatusError:
+                return None
+            kept = self._follow(edge.models, tenant, request.request_id, head)
+        if kept is not None:
+            kept.head.check_same(request)
         return kept
 
     async def begin(
@@ -218,6 +216,22 @@ class KeptRequests:
                 _log.warning("%d requests cannot be resumed elsewhere now: %s", len(due), error.message)
             return False
         return True
+
+    def _known(self, tenant: Tenant, request_id: str) -> KeptRequest | None:
+        kept = self._by_id.get((tenant.name, request_id))
+        return kept if kept is not None and kept.has_its_id else None
+
+    def _follow(self, edges: Edges, tenant: Tenant, request_id: str, head: Head | None) -> KeptRequest | None:
+        """Return a request, which is followed by its head in the journal unless it was begun here during the look-up.
+
+        None: it has no head, so there is none. Raises StatusError UNAVAILABLE, FAILED_PRECONDITION as `find` does.
+        """
+        if (kept := self._known(tenant, request_id)) is not None or head is None:
+            return kept
+        assert self._journal is not None
+        kept = KeptRequest(edges.serving(head.started.model), self._journal, self._writing, tenant, head)
+        self._start(kept)
+        return kept
 
     def _start(self, kept: KeptRequest) -> None:
         self._gate.enter()

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.kept import kept_request, kept_requests
 from scalellm.services.tokenizer.kept.journal import Entry, Head, Reading, Written, digest
 from scalellm.services.tokenizer.kept.kept_request import KeptRequest
@@ -133,3 +134,19 @@ async def test_a_silent_redis_does_not_hold_up_a_worker_that_stops(monkeypatch: 
     assert kept.transcript.error.message == "the server is shutting down; resume the request"
     line.journal.answers.set()
     await eventually(lambda: not line.kept._all)
+
+
+async def test_the_same_request_does_not_run_again_in_a_worker_that_drains() -> None:
+    line = Line()
+    await line.gate.drain(0.0)
+    with pytest.raises(StatusError, match="the service is shutting down") as error:
+        await line.kept.find_same(line.edge, TENANT, REQUEST)
+    assert error.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_request_that_nobody_knows_is_new_and_so_is_any_while_redis_is_away() -> None:
+    line = Line()
+    line.journal.request_head = None
+    assert await line.kept.find_same(line.edge, TENANT, REQUEST) is None
+    line.journal.head = AsyncMock(side_effect=StatusError.unavailable("Redis is away"))  # type: ignore[method-assign]
+    assert await line.kept.find_same(line.edge, TENANT, REQUEST) is None
