@@ -64,6 +64,7 @@ class TokenTexts:
         state = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b"{}"
         spec: dict[str, Any] = json.loads(state)
         self._preceding: Sequence[int] = ()
+        self._begun: dict[bool, Detokenizer] = {}
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         tokens: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
         for token, token_id in vocabulary.items():
@@ -94,7 +95,7 @@ class TokenTexts:
         formula would cut, is shown as a whole.
         """
         continued = copy.copy(self)
-        continued._preceding = token_ids
+        continued._preceding, continued._begun = token_ids, {}
         return continued
 
     def showing(self, token_ids: Collection[int]) -> "TokenTexts":
@@ -102,6 +103,7 @@ class TokenTexts:
         if not token_ids:
             return self
         shown = copy.copy(self)
+        shown._begun = {}
         if self._bytes is not None:
             every, visible = self._bytes
             shown._bytes = every, [every[at] if at in token_ids else data for at, data in enumerate(visible)]
@@ -120,7 +122,15 @@ class TokenTexts:
         return bytes([entry]) if isinstance(entry, int) else (entry or "").encode()
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """Return a detokenizer for a new text. Its cost does not depend on the length of what precedes it."""
+        """Return a detokenizer for a new text. What precedes the text is read once for all detokenizers of a kind,
+        because a prompt without visible text is read as a whole.
+        """
+        begun = self._begun.get(skip_special_tokens)
+        if begun is None:
+            begun = self._begun[skip_special_tokens] = self._begin(skip_special_tokens=skip_special_tokens)
+        return begun.copy()
+
+    def _begin(self, *, skip_special_tokens: bool) -> Detokenizer:
         detokenizer: Detokenizer
         if self._bytes is not None:
             detokenizer = _ByteLevelDetokenizer(self._bytes[skip_special_tokens], self._preceding)
@@ -265,9 +275,9 @@ class _PieceDetokenizer:
         """
         entries = self._table.entries
         count = 0
-        while count < len(token_ids) and (self._first or self._to_strip):
-            self.push((token_ids[count],))
-            count += 1
+        while count < len(token_ids) and (self._first or self._to_strip):  # until some text was kept
+            start, count = count, self._after_text(token_ids, count)
+            self.push(token_ids[start:count])
         last: list[int] = []
         for index in range(len(token_ids) - 1, count - 1, -1):
             token_id = token_ids[index]
@@ -277,6 +287,16 @@ class _PieceDetokenizer:
             if entry is not None:
                 last.append(entry)
         self._run += bytes(reversed(last))
+
+    def _after_text(self, token_ids: Sequence[int], start: int) -> int:
+        """Return the index after the next token whose piece is text that can be seen, or the number of tokens."""
+        entries = self._table.entries
+        num_entries = len(entries)
+        for index in range(start, len(token_ids)):
+            token_id = token_ids[index]
+            if token_id < num_entries and (entry := entries[token_id]) and isinstance(entry, str):
+                return index + 1
+        return len(token_ids)
 
     def _end_run(self) -> str:
         # One invalid byte turns every byte of a run into U+FFFD, so no text of a run is certain before its end.

@@ -1,6 +1,6 @@
 """The sum of all deltas is what decoding at once gives: for any tokens, any batching, any decoder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
-from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts, _PieceDetokenizer
 from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 NAMES = ["smollm2", "gemma3", "byte_level", "byte_fallback", "unigram"]
@@ -157,31 +157,64 @@ def test_the_space_before_an_answers_first_word_is_kept(
     assert in_batches(token_texts[name].after(prompt), whole[len(prompt) :], [], True) == " committee"
 
 
+class Counted(list[int]):
+    """Tokens that count how often one of them is read."""
+
+    num_reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.num_reads += len(range(*index.indices(len(self)))) if isinstance(index, slice) else 1
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[index] for index in range(len(self)))
+
+    def __reversed__(self) -> Iterator[int]:
+        return (self[index] for index in reversed(range(len(self))))
+
+
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
 def test_a_long_prompt_costs_no_more_than_a_short_one(
     name: str, tokenizers: dict[str, Tokenizer], token_texts: dict[str, TokenTexts]
 ) -> None:
-    class Counted(list):
-        num_reads = 0
-
-        def __getitem__(self, index: Any) -> Any:
-            if isinstance(index, int):
-                Counted.num_reads += 1
-            return super().__getitem__(index)
-
-        def __iter__(self) -> Iterator[int]:
-            return (self[index] for index in range(len(self)))
-
-        def __reversed__(self) -> Iterator[int]:
-            return (self[index] for index in reversed(range(len(self))))
-
     ids = tokenizers[name].encode("the committee met", add_special_tokens=False).ids
     reads = []
     for repeats in (10, 1000):
-        Counted.num_reads = 0
-        token_texts[name].after(Counted(ids * repeats)).detokenizer()
-        reads.append(Counted.num_reads)
+        prompt = Counted(ids * repeats)
+        token_texts[name].after(prompt).detokenizer()
+        reads.append(prompt.num_reads)
     assert reads[0] == reads[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("byte_level", "special"), ("byte_fallback", "special"), ("byte_fallback", "byte"), ("unigram", "special")],
+)
+def test_a_prompt_that_shows_nothing_is_read_once_for_all_samples(
+    name: str,
+    kind: str,
+    tokenizers: dict[str, Tokenizer],
+    token_texts: dict[str, TokenTexts],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts, num_pushes = token_texts[name], 0
+    ids = list(texts.special_ids.values()) if kind == "special" else byte_tokens(name, tokenizers[name])[:2]
+    assert ids
+    push = _PieceDetokenizer.push
+
+    def counting(self: _PieceDetokenizer, token_ids: Sequence[int]) -> str:
+        nonlocal num_pushes
+        num_pushes += 1
+        return push(self, token_ids)
+
+    monkeypatch.setattr(_PieceDetokenizer, "push", counting)
+    prompt = Counted(ids * 1000)
+    texts = texts.after(prompt)
+    samples = [texts.detokenizer() for _ in range(16)]
+    assert prompt.num_reads <= 2 * len(prompt)
+    assert num_pushes <= 1
+    answer = tokenizers[name].encode("the committee met", add_special_tokens=False).ids
+    assert len({sample.push(answer) + sample.flush() for sample in samples}) == 1
 
 
 def test_characters_are_shown_once_they_are_complete(
