@@ -44,7 +44,7 @@ class VirtualStream:
     timeout: float | None = None
     grammar: str = ""
     tenant: tuple[bytes, float] = (b"", 1.0)
-    """Its name, and its weight: those of little weight lose their rows to those of much."""
+    """The name and the weight. Tenants of little weight lose rows to those of much."""
     tokens: dict[int, list[int]] = field(default_factory=dict)
     codes: list[grpc.StatusCode] = field(default_factory=list)
     details: str = ""
