@@ -18,7 +18,7 @@ import engine_kit
 from engine_kit import Collector, SimClock
 from scalellm.services.executor.engine import Engine, EngineRequest, FinishReason, RequestStatus, ResumedSample
 from scalellm.services.executor.grammar.matcher import LlMatcher
-from shaped_answers import EOS, GRAMMARS, SIZE, CompilesAtOnce, problem, shaped_tokens
+from shaped_answers import EOS, GRAMMARS, SIZE, CompilesAtOnce, compiler, problem, shaped_tokens
 from virtual_services import ScriptedRunner, script, scripted_token
 
 NUM_SHAPED = 50
@@ -122,6 +122,8 @@ def masks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     is_slow = request.param == "masks before steps"
     name, value = ("_QUICK_S", -1.0) if is_slow else ("_NUM_TO_PROVE", 0)
     monkeypatch.setattr(f"scalellm.services.executor.grammar.matcher.{name}", value)
+    compiler().close()  # in other tests of this process its grammars' masks may have proved quick
+    compiler.cache_clear()
     made, has_mask = [], LlMatcher.has_mask
 
     def counted(*args: Any) -> bool:
