@@ -219,7 +219,7 @@ def main(
     makers: dict[str, Callable[[], System]] = {
         name: partial(make, environments, weights, threads) for name, make in PEERS.items()
     }
-    makers["scalellm"] = partial(Ours, model, path, home)
+    makers["scalellm"] = partial(Ours, model, path, weights, home)
     unknown = [name for name in wanted if name not in makers]
     if unknown:
         raise typer.BadParameter(f"--systems: {', '.join(unknown)}: known are {', '.join(makers)}")

@@ -13,9 +13,12 @@ from pathlib import Path
 from bench.load.grpc_target import GrpcTarget
 from bench.peers.environments import PeerError
 from bench.peers.systems import Form, Need, Served, Setup
+from bench.peers.weights import Weights
 from scalellm.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
 
-_FORMS = {"keep": ("keep", 4), "int8": ("int8", 8), "float32": ("none", 32)}
+_BFLOAT16 = "bfloat16"
+_FORMS = {"keep": ("keep", 4), "int8": ("int8", 8), _BFLOAT16: ("auto", 16), "float32": ("none", 32)}
+"""Value of `--quantization`, and bits of a weight."""
 
 
 class _Silent:
@@ -37,6 +40,7 @@ class Ours:
     Args:
         model: Name to serve under.
         path: Path of the model.
+        weights: Its weights in other forms.
         home: The model store.
     """
 
@@ -44,9 +48,10 @@ class Ours:
     is_ours = True
     forms = tuple(Form(name, bits) for name, (_, bits) in _FORMS.items())
 
-    def __init__(self, model: str, path: Path, home: Path) -> None:
+    def __init__(self, model: str, path: Path, weights: Weights, home: Path) -> None:
         self._model = model
         self._path = path
+        self._weights = weights
         self._home = home
 
     def prepare(self) -> Mapping[str, str]:
@@ -56,7 +61,9 @@ class Ours:
     def setup(self, form: Form, need: Need) -> Setup:
         """See System. The settings are the defaults but for the form of the weights."""
         quantization, _ = _FORMS[form.name]
-        return Setup(("scalellm", "up", "--port", "0"), {"SCALELLM_EXECUTOR_QUANTIZATION": quantization})
+        path = self._weights.hf_folder(form.name) if form.name == _BFLOAT16 else self._path
+        command = ("scalellm", "up", "--port", "0", "--model", f"{self._model}={path}")
+        return Setup(command, {"SCALELLM_EXECUTOR_QUANTIZATION": quantization})
 
     @contextmanager
     def serve(self, setup: Setup, folder: Path) -> Iterator[Served]:
@@ -64,7 +71,8 @@ class Ours:
         with tempfile.TemporaryDirectory(prefix="scalellm-bench-", dir=folder) as home:
             instance = Instance(Path(home), "peers")
             environment = {**os.environ, **setup.environment}
-            options = UpOptions({self._model: self._path}, self._home, environment, port=0)
+            name, _, path = setup.command[-1].partition("=")
+            options = UpOptions({name: Path(path)}, self._home, environment, port=0)
             try:
                 state = bring_up(instance, options, _Silent())
             except LauncherError as error:

