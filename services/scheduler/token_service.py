@@ -11,7 +11,8 @@ OUTPUT_COST = 4
 """Cost of an output token, in prompt tokens: it takes a row of a step, which computes hundreds of prompt tokens."""
 
 _IDLE_CREDIT = 4096
-"""Most prompt tokens that a returning tenant may be behind the least served one: enough for a short request or two."""
+"""Most prompt tokens that a tenant without waiting requests may be behind those that wait: enough for a short request
+or two."""
 
 
 @dataclass(slots=True, eq=False)
