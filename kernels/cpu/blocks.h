@@ -17,6 +17,14 @@ struct Share {
   int64_t weight, rows, first_block, end_block;
 };
 
+// Tiles begin .. end - 1 of a weight, which a thread multiplies one after the other. The tiles that it will get after
+// them are probably those from `next` on, which may be behind the last one.
+struct Tiles {
+  int64_t begin, end, next;
+
+  int64_t after(int64_t tile) const { return tile + 1 < end ? tile + 1 : next; }
+};
+
 class Blocks {
  public:
   // Divides m rows. Rows starts[w] .. starts[w + 1] - 1 belong to weight w; without `starts`, all to weight 0. The rows
@@ -45,16 +53,16 @@ class Blocks {
   int64_t num_shares() const { return num_shares_; }
   const Block& operator[](int64_t block) const { return all_blocks_[block]; }
 
-  // Calls body(share, begin, end) for parts of the `tiles` tiles of the weight of each share. A part has at least
-  // `worth` tiles, which is work worth another thread's taking.
+  // Calls body(share, part) for parts of the `tiles` tiles of the weight of each share. A part has at least `worth`
+  // tiles, which is work worth another thread's taking.
   template <class Body>
   void for_tiles(int64_t tiles, int64_t worth, int64_t threads, const Body& body) const {
     const int64_t even = num_shares_ * tiles / (8 * threads);
     const int64_t grain = std::min(std::max({worth, even, int64_t(1)}), tiles);
     const int64_t parts = (tiles + grain - 1) / grain;
     parallel_for(num_shares_ * parts, threads, [&](int64_t item) {
-      const int64_t begin = item % parts * grain;
-      body(all_shares_[item / parts], begin, std::min(begin + grain, tiles));
+      const int64_t begin = item % parts * grain, end = std::min(begin + grain, tiles);
+      body(all_shares_[item / parts], Tiles{begin, end, begin + threads * grain});
     });
   }
 

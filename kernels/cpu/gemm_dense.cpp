@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int kMostRows = kLanes == 16 ? 12 : 6;  // in a block: with two vectors of columns, as many as registers hold
-constexpr int64_t kAhead = 4096;                  // bytes of weights that are asked for ahead
+constexpr int64_t kAhead = 4096;                  // bytes of weights that are asked for ahead of a block that is alone
 constexpr double kItemNs = 6000;                  // work worth another thread's taking
 
 // `In` is that of x: float, or pairs of bfloat16 numbers.
@@ -78,16 +78,18 @@ inline void store_sum(float* out, Vec sum, const float* bias, int64_t count) {
   store(out, sum + (bias == nullptr ? Vec{} : load(bias, count)), count);
 }
 
-// M rows, which are a block, times V vectors of the columns of a tile, the first of which begins at `first`.
+// M rows, which are a block, times V vectors of the columns of a tile, the first of which begins at `first`. With each row
+// of the tile, the line that is `ahead` is asked for, which moves on by `asked` bytes.
 template <class W, class In, int M, int V>
-void part_of_tile(const Problem<W, In>& p, int64_t tile, int64_t row, int first) {
+void part_of_tile(const Problem<W, In>& p, int64_t tile, int64_t row, int first, const char* ahead, int64_t asked) {
   constexpr int64_t kInputs = std::is_same_v<In, float> ? kDepth<W> : 1;  // of a row of a block, for one of a tile
   const W* w = p.weight + (tile * p.k * kTile + first) * kDepth<W>;
   const In* x = p.x + row * p.k * kInputs;
   Vec sum[M][V] = {};
   int64_t left = p.k;
   do {  // there is at least one input, as compilers cannot know: else they would write the zeros to memory
-    if constexpr (M <= 2) __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead, 0, 2);
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += asked;
     add_products<M, V>(sum, w, x);
     w += kTile * kDepth<W>;
     x += M * kInputs;
@@ -101,20 +103,29 @@ void part_of_tile(const Problem<W, In>& p, int64_t tile, int64_t row, int first)
 }
 
 template <class W, class In, int M>
-void block_of_tile(const Problem<W, In>& p, int64_t tile, int64_t row) {
+void block_of_tile(const Problem<W, In>& p, int64_t tile, int64_t row, const char* ahead, int64_t asked) {
   constexpr int kVectors = M <= 3 ? std::min(kTile / kLanes, 4) : 2;
-  for (int first = 0; first < kTile && tile * kTile + first < p.n; first += kVectors * kLanes) {
-    part_of_tile<W, In, M, kVectors>(p, tile, row, first);
+  constexpr int kParts = kTile / (kVectors * kLanes);
+  for (int part = 0; part < kParts && tile * kTile + part * kVectors * kLanes < p.n; ++part) {
+    part_of_tile<W, In, M, kVectors>(p, tile, row, part * kVectors * kLanes, ahead + part * (asked / kParts),
+                                     asked / (kParts * p.k));
   }
 }
 
+// While a tile is multiplied with several blocks, the next tile comes into the cache, a part with each block: else the first
+// block of each tile would wait for memory and the others never.
 template <class W, class In, int... Rows>
-void tiles(const Problem<W, In>& p, const Blocks& blocks, const Share& share, int64_t from, int64_t to,
+void tiles(const Problem<W, In>& p, const Blocks& blocks, const Share& share, const Tiles& part,
            std::integer_sequence<int, Rows...>) {
-  static constexpr void (*kBlock[])(const Problem<W, In>&, int64_t, int64_t) = {block_of_tile<W, In, Rows + 1>...};
-  for (int64_t tile = from; tile < to; ++tile) {
-    for (int64_t block = share.first_block; block < share.end_block; ++block) {
-      kBlock[blocks[block].rows - 1](p, tile, blocks[block].first);
+  static constexpr void (*kBlock[])(const Problem<W, In>&, int64_t, int64_t, const char*, int64_t) = {
+      block_of_tile<W, In, Rows + 1>...};
+  const int64_t bytes = p.k * kTile * kDepth<W> * sizeof(W), count = share.end_block - share.first_block;
+  const int64_t asked = bytes / count;
+  for (int64_t tile = part.begin; tile < part.end; ++tile) {
+    const char* weights = reinterpret_cast<const char*>(p.weight);
+    const char* ahead = count > 1 ? weights + part.after(tile) * bytes : weights + tile * bytes + kAhead;
+    for (int64_t block = share.first_block; block < share.end_block; ++block, ahead += asked) {
+      kBlock[blocks[block].rows - 1](p, tile, blocks[block].first, ahead, asked);
     }
   }
 }
@@ -134,7 +145,7 @@ struct Arguments {
 };
 
 // Cuts the rows into blocks of `most` or fewer, calls pack(block, row of it, where it is in x) for each row, and then
-// multiply(share, first tile, end) for parts of the work; `row_ns` is what a row and a number of a tile take.
+// multiply(share, part) for parts of the work; `row_ns` is what a row and a number of a tile take.
 template <class Pack, class Multiply>
 void for_blocks(const Arguments& a, Blocks& blocks, int64_t most, double bytes, double row_ns, const Pack& pack,
                 const Multiply& multiply) {
@@ -161,10 +172,10 @@ void gemm_widened(const Arguments& a) {
     for (int64_t at = 0; at < a.k; ++at) to[at * block.rows] = x[at];
     if (inputs > a.k) to[a.k * block.rows] = 0.0f;
   };
-  for_blocks(a, blocks, kMostRows, sizeof(W), 1 / 40.0, pack, [&](const Share& share, int64_t begin, int64_t end) {
+  for_blocks(a, blocks, kMostRows, sizeof(W), 1 / 40.0, pack, [&](const Share& share, const Tiles& part) {
     const W* weight = static_cast<const W*>(a.weight) + share.weight * num_tiles(a.n) * kTile * inputs;
     const Problem<W, float> p{packed, weight, a.bias, a.out, a.n, inputs / kDepth<W>};
-    tiles(p, blocks, share, begin, end, std::make_integer_sequence<int, kMostRows>());
+    tiles(p, blocks, share, part, std::make_integer_sequence<int, kMostRows>());
   });
 }
 
@@ -210,10 +221,10 @@ void gemm<BFloat16>(const Arguments& a) {
   const auto pack = [&](const Block& block, int64_t i, const float* x) {
     round_to_bfloat16(x, a.k, rounded + (block.first + i) * stride, stride);
   };
-  for_blocks(a, blocks, kUnitRows, 2, 1 / 400.0, pack, [&](const Share& share, int64_t begin, int64_t end) {
+  for_blocks(a, blocks, kUnitRows, 2, 1 / 400.0, pack, [&](const Share& share, const Tiles& part) {
     const BFloat16* weight = static_cast<const BFloat16*>(a.weight) + share.weight * num_tiles(a.n) * kTile * 2 * pairs;
     MatrixUnit<float> unit;
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t tile = part.begin; tile < part.end; ++tile) {
       for (int64_t at = share.first_block; at < share.end_block; ++at) {
         const auto [first, rows] = blocks[at];
         float sums[kUnitRows * kTile];
@@ -247,10 +258,10 @@ void gemm<BFloat16>(const Arguments& a) {
     Pair* to = packed + block.first * pairs + i;
     for (int64_t at = 0; at < pairs; ++at) to[at * block.rows] = {rounded[2 * at], rounded[2 * at + 1]};
   };
-  for_blocks(a, blocks, kMostRows, 2, 1 / 80.0, pack, [&](const Share& share, int64_t begin, int64_t end) {
+  for_blocks(a, blocks, kMostRows, 2, 1 / 80.0, pack, [&](const Share& share, const Tiles& part) {
     const BFloat16* weight = static_cast<const BFloat16*>(a.weight) + share.weight * num_tiles(a.n) * kTile * 2 * pairs;
     const Problem<BFloat16, Pair> p{packed, weight, a.bias, a.out, a.n, pairs};
-    tiles(p, blocks, share, begin, end, std::make_integer_sequence<int, kMostRows>());
+    tiles(p, blocks, share, part, std::make_integer_sequence<int, kMostRows>());
   });
 }
 

@@ -94,10 +94,11 @@ void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start
   }
 }
 
-// M rows, which are a block, of V vectors of a tile's columns from `first` on. With FromMemory words are asked for
-// ahead: they are in a cache where other rows of a call have been before.
+// M rows, which are a block, of V vectors of a tile's columns from `first` on. With FromMemory, words that come later in
+// the tile are asked for: they are in a cache where other rows of a call have been before. For each group, `asked` bytes
+// from `ahead` on are asked for, too.
 template <class T, int Bits, int M, int V, bool HasZeros, bool FromMemory>
-void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
+void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first, const char* ahead, int64_t asked) {
   constexpr bool kAsksAhead = FromMemory && (Bits == 4 || M > 2);  // what only loads, the CPU itself follows better
   const int64_t groups = p.groups, num_words = p.group * Bits / 32;
   const int32_t* words = p.words + tile * groups * num_words * kTile + first;
@@ -120,6 +121,8 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < V; ++v) sum[m][v] = Int{} + starts[m];
     }
+    for (int64_t at = 0; at < asked; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+    ahead += asked;
     const auto add_word = [&](auto& to, auto product) __attribute__((always_inline)) {
       Int w[V];
       for (int v = 0; v < V; ++v) {
@@ -187,22 +190,29 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
 }
 
 template <class T, int Bits, bool HasZeros, bool FromMemory, int M>
-void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row) {
+void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row, const char* ahead, int64_t asked) {
   constexpr int kVectors = M <= 2 ? std::min(kTile / kLanes, 4) : 2;  // one row alone waits for each of its sums
-  for (int first = 0; first < kTile && tile * kTile + first < p.n; first += kVectors * kLanes) {
-    part_of_tile<T, Bits, M, kVectors, HasZeros, FromMemory>(p, tile, row, first);
+  constexpr int kParts = kTile / (kVectors * kLanes);
+  const int64_t asked_of_group = asked / (kParts * p.groups);
+  for (int part = 0; part < kParts && tile * kTile + part * kVectors * kLanes < p.n; ++part) {
+    part_of_tile<T, Bits, M, kVectors, HasZeros, FromMemory>(p, tile, row, part * kVectors * kLanes,
+                                                             ahead + part * (asked / kParts), asked_of_group);
   }
 }
 
-// Blocks have `Least` rows or some more.
+// Blocks have `Least` rows or some more. While a tile is multiplied with several blocks, the next tile comes into the
+// cache, a part with each block: else the first block of each tile would wait for memory and the others never.
 template <class T, int Bits, bool HasZeros, bool FromMemory, int Least, int... More>
-void tiles(const Problem<T>& p, const Blocks& blocks, const Share& share, int64_t from, int64_t to,
+void tiles(const Problem<T>& p, const Blocks& blocks, const Share& share, const Tiles& part,
            std::integer_sequence<int, More...>) {
-  static constexpr void (*kBlock[])(const Problem<T>&, int64_t, int64_t) = {
+  static constexpr void (*kBlock[])(const Problem<T>&, int64_t, int64_t, const char*, int64_t) = {
       block_of_tile<T, Bits, HasZeros, FromMemory, Least + More>...};
-  for (int64_t tile = from; tile < to; ++tile) {
-    for (int64_t block = share.first_block; block < share.end_block; ++block) {
-      kBlock[blocks[block].rows - Least](p, tile, blocks[block].first);
+  const int64_t bytes = p.k * Bits / 8 * kTile, count = share.end_block - share.first_block;
+  const int64_t asked = count > 1 ? bytes / count + 1 : 0;
+  for (int64_t tile = part.begin; tile < part.end; ++tile) {
+    const char* ahead = reinterpret_cast<const char*>(p.words) + part.after(tile) * bytes;
+    for (int64_t block = share.first_block; block < share.end_block; ++block, ahead += asked) {
+      kBlock[blocks[block].rows - Least](p, tile, blocks[block].first, ahead, asked);
     }
   }
 }
@@ -276,10 +286,10 @@ void block_on_unit(MatrixUnit<int32_t>& unit, int words, const Problem<T>& p, in
 }
 
 template <class T, int Bits, bool HasZeros>
-void tiles_on_unit(const Problem<T>& p, const Blocks& blocks, const Share& share, int64_t from, int64_t to) {
+void tiles_on_unit(const Problem<T>& p, const Blocks& blocks, const Share& share, const Tiles& part) {
   const int words = unit_words(p.group);
   MatrixUnit<int32_t> unit;
-  for (int64_t tile = from; tile < to; ++tile) {
+  for (int64_t tile = part.begin; tile < part.end; ++tile) {
     const void* weights = unit_weights<Bits>(p.words + tile * p.k * Bits / 32 * kTile, p.k);
     for (int64_t block = share.first_block; block < share.end_block; ++block) {
       block_on_unit<T, HasZeros>(unit, words, p, tile, blocks[block], weights);
@@ -333,7 +343,7 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
   // Bytes at the speed of memory and products at that of the widest vectors: a guess of what a tile takes.
   const double tile_ns = kTile * double(k) * (Bits / 200.0 + double(m) / blocks.num_shares() / 130.0);
   blocks.for_tiles(num_tiles(n), int64_t(kItemNs / tile_ns) + 1, threads,
-                   [&](const Share& share, int64_t begin, int64_t end) {
+                   [&](const Share& share, const Tiles& part) {
     const int64_t before = share.weight * num_tiles(n) * kTile;  // columns of the weights before it
     const T* const own_zeros = zeros == nullptr ? nullptr : static_cast<const T*>(zeros) + before * groups;
     const Problem<T> p{static_cast<const int32_t*>(words) + before * k * Bits / 32,
@@ -343,16 +353,16 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
     const std::make_integer_sequence<int, 2> even_sizes;  // of many blocks
 #if defined(HAS_MATRIX_UNIT)
     if (share.rows >= on_unit) {
-      return zeros == nullptr ? tiles_on_unit<T, Bits, false>(p, blocks, share, begin, end)
-                              : tiles_on_unit<T, Bits, true>(p, blocks, share, begin, end);
+      return zeros == nullptr ? tiles_on_unit<T, Bits, false>(p, blocks, share, part)
+                              : tiles_on_unit<T, Bits, true>(p, blocks, share, part);
     }
 #endif
     if (share.rows < kMany) {
-      zeros == nullptr ? tiles<T, Bits, false, true, 1>(p, blocks, share, begin, end, few)
-                       : tiles<T, Bits, true, true, 1>(p, blocks, share, begin, end, few);
+      zeros == nullptr ? tiles<T, Bits, false, true, 1>(p, blocks, share, part, few)
+                       : tiles<T, Bits, true, true, 1>(p, blocks, share, part, few);
     } else {
-      zeros == nullptr ? tiles<T, Bits, false, false, kManyRows - 1>(p, blocks, share, begin, end, even_sizes)
-                       : tiles<T, Bits, true, false, kManyRows - 1>(p, blocks, share, begin, end, even_sizes);
+      zeros == nullptr ? tiles<T, Bits, false, false, kManyRows - 1>(p, blocks, share, part, even_sizes)
+                       : tiles<T, Bits, true, false, kManyRows - 1>(p, blocks, share, part, even_sizes);
     }
   });
 }
