@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -179,6 +179,9 @@ def main(
         bool, typer.Option("--everything", help="Prefixes on all forms, not the fastest; all loads on slow systems.")
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads of each peer; 0: one per processor.")] = 0,
+    speculation: Annotated[
+        Literal["off", "auto"], typer.Option(help="Drafts of ScaleLLM. No peer drafts by default.")
+    ] = "off",
     limit_s: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     quick: Annotated[bool, typer.Option("--quick", help="A few tokens per load: a test, not figures.")] = False,
     install: Annotated[bool, typer.Option(help="Install what is missing, each peer for 20 minutes at most.")] = True,
@@ -219,12 +222,17 @@ def main(
     makers: dict[str, Callable[[], System]] = {
         name: partial(make, environments, weights, threads) for name, make in PEERS.items()
     }
-    makers["scalellm"] = partial(Ours, model, path, weights, home)
+    makers["scalellm"] = partial(Ours, model, path, weights, home, speculation)
     unknown = [name for name in wanted if name not in makers]
     if unknown:
         raise typer.BadParameter(f"--systems: {', '.join(unknown)}: known are {', '.join(makers)}")
     options = {"threads": threads, "rounds": rounds, "seed": seed, "quick": quick, "workloads": loads}
-    options |= {"concurrency": concurrency, "input_len": input_len, "output_len": output_len}
+    options |= {
+        "speculation": speculation,
+        "concurrency": concurrency,
+        "input_len": input_len,
+        "output_len": output_len,
+    }
     report = Report(
         {
             **machine(),

@@ -42,28 +42,31 @@ class Ours:
         path: Path of the model.
         weights: Its weights in other forms.
         home: The model store.
+        speculation: Value of `--speculation`.
     """
 
     name = "scalellm"
     is_ours = True
     forms = tuple(Form(name, bits) for name, (_, bits) in _FORMS.items())
 
-    def __init__(self, model: str, path: Path, weights: Weights, home: Path) -> None:
+    def __init__(self, model: str, path: Path, weights: Weights, home: Path, speculation: str) -> None:
         self._model = model
         self._path = path
         self._weights = weights
         self._home = home
+        self._speculation = speculation
 
     def prepare(self) -> Mapping[str, str]:
         """See System."""
         return {name: version(name) for name in ("scalellm-server", "torch", "grpcio", "protobuf")}
 
     def setup(self, form: Form, need: Need) -> Setup:
-        """See System. The settings are the defaults but for the form of the weights."""
+        """See System. The settings are the defaults but for the form of the weights and speculation."""
         quantization, _ = _FORMS[form.name]
         path = self._weights.hf_folder(form.name) if form.name == _BFLOAT16 else self._path
         command = ("scalellm", "up", "--port", "0", "--model", f"{self._model}={path}")
-        return Setup(command, {"SCALELLM_EXECUTOR_QUANTIZATION": quantization})
+        settings = {"QUANTIZATION": quantization, "SPECULATION": self._speculation}
+        return Setup(command, {f"SCALELLM_EXECUTOR_{name}": value for name, value in settings.items()})
 
     @contextmanager
     def serve(self, setup: Setup, folder: Path) -> Iterator[Served]:
