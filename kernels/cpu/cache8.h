@@ -15,19 +15,23 @@ inline int64_t row_size8(int64_t dim) { return dim + sizeof(float); }
 
 // Token `at` of a part takes its place there.
 template <class T>
-inline void write_key8(const T* key, int64_t dim, int64_t at, Int8* part, int8_t* codes) {
-  const float scale = round_row8(key, dim, codes).scale;
-  for (int64_t i = 0; i < dim; i += 4) {
-    const uint32_t four = read<uint32_t>(codes + i) ^ 0x80808080;
-    std::memcpy(part + i * kPart + at * 4, &four, sizeof four);
-  }
+inline void write_key8(const T* key, int64_t dim, int64_t at, Int8* part) {
+  const float scale = round_row8(key, dim, [&](int64_t i, Byte codes) {
+    for (int four = 0; four < kLanes; four += 4, i += 4) {
+      uint32_t word;
+      std::memcpy(&word, reinterpret_cast<const char*>(&codes) + four, sizeof word);
+      word ^= 0x80808080;
+      std::memcpy(part + i * kPart + at * 4, &word, sizeof word);
+    }
+  }).scale;
   std::memcpy(part + dim * kPart + at * sizeof scale, &scale, sizeof scale);
 }
 
 template <class T>
-inline void write_value8(const T* value, int64_t dim, int64_t at, Int8* part, int8_t* codes) {
-  const float scale = round_row8(value, dim, codes).scale;
+inline void write_value8(const T* value, int64_t dim, int64_t at, Int8* part) {
   Int8* to = part + at / 4 * 4 * dim + at % 4;
-  for (int64_t i = 0; i < dim; ++i) to[4 * i].code = codes[i];
+  const float scale = round_row8(value, dim, [&](int64_t i, Byte codes) {
+    for (int lane = 0; lane < kLanes; ++lane) to[4 * (i + lane)].code = int8_t(codes[lane]);
+  }).scale;
   std::memcpy(part + dim * kPart + at * sizeof scale, &scale, sizeof scale);
 }

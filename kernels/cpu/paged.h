@@ -158,7 +158,9 @@ inline int64_t query_size(int64_t dim) {
 template <class Q, class Term>
 inline void load_query(const Q* q, Term* to, float scale, int64_t dim) {
   if constexpr (std::is_same_v<Term, Quad>) {
-    const RoundedRow rounded = round_row8(q, dim, to->codes);
+    const RoundedRow rounded = round_row8(q, dim, [&](int64_t i, Byte codes) {
+      std::memcpy(to->codes + i, &codes, sizeof codes);
+    });
     const float factor = rounded.scale * scale;
     const int32_t start = (kCentre<8> - 128) * rounded.sum;
     std::memcpy(to + dim / 4, &factor, sizeof factor);

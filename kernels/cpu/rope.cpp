@@ -1,4 +1,5 @@
 // Per-head norm, rotation of queries and keys, and the write of keys and values into the paged cache.
+#include <algorithm>
 #include <atomic>
 
 #include "cache8.h"
@@ -9,6 +10,7 @@
 namespace {
 
 constexpr int64_t kGrain = 3072;  // elements: some, as every number of a key is written to a line of its own
+constexpr int64_t kPartsOfThread = 8;  // if there are many tokens; few are divided into parts of kGrain elements
 constexpr int64_t kMaxDim = 256;
 
 // What every head of a call has in common.
@@ -57,7 +59,8 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
              int64_t qkv_stride, int64_t out_stride, float k_scale, float v_scale, int64_t threads) {
   std::atomic<int64_t> fault{kDone};
   const int64_t dim = heads.dim, kv_width = heads.kv_heads * dim, q_width = heads.q_heads * dim;
-  parallel_ranges(tokens, kGrain / (q_width + 2 * kv_width) + 1, threads, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max(kGrain / (q_width + 2 * kv_width) + 1, tokens / (kPartsOfThread * threads));
+  parallel_ranges(tokens, grain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (positions[t] < 0 || positions[t] >= num_positions || slots[t] >= num_slots) {
         fault = t;
@@ -76,9 +79,8 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
         if constexpr (std::is_same_v<C, Int8>) {
           const int64_t place = slots[t] % kPart, first = slots[t] - place;  // of the token's part
           const int64_t part = (first * heads.kv_heads + at / dim * kPart) * row_size8(dim);
-          int8_t codes[kMaxDim];
-          write_key8(key, dim, place, k_cache + part, codes);
-          write_value8(value, dim, place, v_cache + part, codes);
+          write_key8(key, dim, place, k_cache + part);
+          write_value8(value, dim, place, v_cache + part);
         } else {
           const int64_t slot = slots[t] % page;
           C stored[kMaxDim];

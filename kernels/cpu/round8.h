@@ -45,20 +45,20 @@ inline float largest_magnitude(const T* x, int64_t size) {
   return largest_of(largest);
 }
 
-// What `round_row8` leaves beside codes [size] = x / scale: the scale, and the sum of the codes.
+// What `round_row8` returns beside the codes: their scale and their sum.
 struct RoundedRow {
   float scale;
   int32_t sum;
 };
 
-template <class T>
-inline RoundedRow round_row8(const T* x, int64_t size, int8_t* codes) {
+// Calls put(i, codes) for codes i .. i + kLanes - 1 of each vector of codes [size] = x / scale.
+template <class T, class Put>
+inline RoundedRow round_row8(const T* x, int64_t size, const Put& put) {
   const Rounding rounding(largest_magnitude(x, size));
   Int total = {};
   for (int64_t i = 0; i < size; i += kLanes) {
     const Int code = round_to_codes(load(x + i), rounding.inverse);
-    const auto narrow = __builtin_convertvector(code, Byte);
-    std::memcpy(codes + i, &narrow, sizeof narrow);
+    put(i, __builtin_convertvector(code, Byte));
     total += code;
   }
   return {rounding.scale, joined(total, added)};
