@@ -17,6 +17,29 @@ struct Share {
   int64_t weight, rows, first_block, end_block;
 };
 
+// Elements from the beginning of a row of `size` elements to that of the next. Rows that lie a multiple of 4 KiB apart
+// have the same few places in the first-level cache, which are fewer than the rows of a block.
+template <class T>
+constexpr int64_t spread_stride(int64_t size) {
+  return size * int64_t(sizeof(T)) % 4096 == 0 ? size + 64 / int64_t(sizeof(T)) : size;
+}
+
+// Terms [M, stride] of the rows of a block, on the way from their first terms to the last. Each pointer serves three
+// rows, as x86 adds a register, or twice its value, to an address for nothing: there are not as many registers as rows.
+template <class Term, int M>
+struct RowTerms {
+  const Term* first[(M + 2) / 3];
+  int64_t stride;
+
+  RowTerms(const Term* terms, int64_t stride) : stride(stride) {
+    for (int i = 0; i < (M + 2) / 3; ++i) first[i] = terms + 3 * i * stride;
+  }
+  const Term* row(int m) const { return first[m / 3] + m % 3 * stride; }
+  void advance() {
+    for (const Term*& of_three : first) ++of_three;
+  }
+};
+
 // Tiles begin .. end - 1 of a weight, which a thread multiplies one after the other. The tiles that it will get after
 // them are probably those from `next` on, which may be behind the last one.
 struct Tiles {

@@ -3,9 +3,9 @@
 // Each sum of a row is added up in one order in one accumulator: a row of the result is the same, bit by bit, whatever
 // rows are beside it and however many threads there are.
 //
-// A product reads the tiles of a weight from the first to the last as they are in memory. Inputs lie in blocks of rows:
-// [k, rows of the block]. Where the CPU can, weights of bfloat16 are multiplied as pairs, with inputs rounded to
-// bfloat16: by vectors (AVX-512 BF16) or by the matrix unit (AMX), for which inputs lie row by row.
+// A product reads the tiles of a weight from the first to the last as they are in memory. Where the CPU can, weights of
+// bfloat16 are multiplied as pairs, with inputs rounded to bfloat16: by vectors (AVX-512 BF16) or by the matrix unit
+// (AMX).
 #include <algorithm>
 #include <utility>
 
@@ -21,33 +21,73 @@
 namespace {
 
 constexpr int kMostRows = kLanes == 16 ? 12 : 6;  // in a block: with two vectors of columns, as many as registers hold
-constexpr int64_t kAhead = 4096;                  // bytes of weights that are asked for ahead of a block that is alone
+constexpr int64_t kAhead = 4096;                  // bytes of weights between those asked for and a block that is alone
 constexpr double kItemNs = 6000;                  // work worth another thread's taking
 
-// `In` is that of x: float, or pairs of bfloat16 numbers.
+// Rows from which on a tile of 16-bit weights is made floats once for all blocks, and not within each. Within a block
+// that takes registers of which there are too few without AVX-512, so that compilers keep some sums in memory.
+constexpr int64_t kWidenedOnce = kLanes == 16 ? INT64_MAX : 3 * kMostRows;
+
+// to [size] = the numbers of whole rows of a tile in the order that tiles of floats have.
+template <class W>
+void widen(const W* tile, int64_t size, float* to) {
+  constexpr int kRow = kTile * kDepth<W>;
+  for (const W* end = tile + size; tile < end; tile += kRow, to += kRow) {
+    for (int at = 0; at < kTile; at += kLanes) {
+      if constexpr (std::is_same_v<W, BFloat16>) {
+        const UInt words = read<UInt>(tile + 2 * at);
+        store(to + at, bit_cast<Vec>(words << 16));
+        store(to + kTile + at, bit_cast<Vec>(words & 0xffff0000u));
+      } else {
+        store(to + at, load(tile + at));
+      }
+    }
+  }
+}
+
+// The inputs, not rounded, that are multiplied with one row of a tile of W.
+template <class W>
+struct Inputs {
+  float x[kDepth<W>];
+};
+
+// A product's terms are of type In: Inputs<W>, or pairs of bfloat16 numbers.
 template <class W, class In>
 struct Problem {
-  const In* x;  // in blocks
+  const In* x;  // [m, stride], of which k are used
   const W* weight;
   const float* bias;  // [n], or null
   float* out;         // [m, n]
-  int64_t n, k;       // k terms
+  int64_t n, k, stride;  // k and stride in terms
 };
 
-// The products of one row of a tile, which is of one input or a pair, with M rows of the input, to V vectors of sums.
+// The bytes of weights that are asked for with each row of a tile, as it is multiplied with a block.
+struct Asked {
+  static constexpr int64_t kParts = 1024;  // of a byte, as there may be less than a byte for each row
+
+  const char* at;
+  int64_t step, size;  // parts of a byte to the next row's; bytes
+
+  // `bytes` bytes from `at` on, with `rows` rows.
+  static Asked slice(const char* at, int64_t bytes, int64_t rows) { return {at, bytes * kParts / rows, 1}; }
+  // With each row, `size` bytes of a row of `row` bytes.
+  static Asked rows(const char* at, int64_t row, int64_t size) { return {at, row * kParts, size}; }
+};
+
+// The products of one row of a tile with M rows of the input, added to V vectors of sums for each.
 template <int M, int V, class W>
-inline void add_products(Vec (&sum)[M][V], const W* w, const float* x) {
+inline void add_products(Vec (&sum)[M][V], const W* w, const RowTerms<Inputs<W>, M>& inputs) {
   Vec weights[V];
   for (int v = 0; v < V; ++v) weights[v] = load(w + v * kLanes);
   for (int m = 0; m < M; ++m) {
-    const Vec input = splat(x[m]);
+    const Vec input = splat(inputs.row(m)->x[0]);
     for (int v = 0; v < V; ++v) sum[m][v] += weights[v] * input;
   }
 }
 
 // The two inputs one after the other.
 template <int M, int V>
-inline void add_products(Vec (&sum)[M][V], const BFloat16* w, const float* x) {
+inline void add_products(Vec (&sum)[M][V], const BFloat16* w, const RowTerms<Inputs<BFloat16>, M>& inputs) {
   for (int half = 0; half < 2; ++half) {
     Vec weights[V];
     for (int v = 0; v < V; ++v) {
@@ -55,7 +95,7 @@ inline void add_products(Vec (&sum)[M][V], const BFloat16* w, const float* x) {
       weights[v] = bit_cast<Vec>(half == 0 ? words << 16 : words & 0xffff0000u);
     }
     for (int m = 0; m < M; ++m) {
-      const Vec input = splat(x[half * M + m]);
+      const Vec input = splat(inputs.row(m)->x[half]);
       for (int v = 0; v < V; ++v) sum[m][v] += weights[v] * input;
     }
   }
@@ -63,11 +103,11 @@ inline void add_products(Vec (&sum)[M][V], const BFloat16* w, const float* x) {
 
 #if defined(__AVX512BF16__)
 template <int M, int V>
-inline void add_products(Vec (&sum)[M][V], const BFloat16* w, const Pair* x) {
+inline void add_products(Vec (&sum)[M][V], const BFloat16* w, const RowTerms<Pair, M>& pairs) {
   Int weights[V];
   for (int v = 0; v < V; ++v) weights[v] = read<Int>(w + 2 * v * kLanes);
   for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v) sum[m][v] = add_product(sum[m][v], weights[v], x + m);
+    for (int v = 0; v < V; ++v) sum[m][v] = add_product(sum[m][v], weights[v], pairs.row(m));
   }
 }
 #endif
@@ -78,55 +118,81 @@ inline void store_sum(float* out, Vec sum, const float* bias, int64_t count) {
   store(out, sum + (bias == nullptr ? Vec{} : load(bias, count)), count);
 }
 
-// M rows, which are a block, times V vectors of the columns of a tile, the first of which begins at `first`. With each row
-// of the tile, the line that is `ahead` is asked for, which moves on by `asked` bytes.
+// M rows, which are a block, times V vectors of the columns of a tile, which begin at `w` in it and at `column` in the
+// output.
 template <class W, class In, int M, int V>
-void part_of_tile(const Problem<W, In>& p, int64_t tile, int64_t row, int first, const char* ahead, int64_t asked) {
-  constexpr int64_t kInputs = std::is_same_v<In, float> ? kDepth<W> : 1;  // of a row of a block, for one of a tile
-  const W* w = p.weight + (tile * p.k * kTile + first) * kDepth<W>;
-  const In* x = p.x + row * p.k * kInputs;
+void part_of_tile(const Problem<W, In>& p, const W* w, int64_t column, int64_t row, const Asked& asked) {
+  RowTerms<In, M> terms(p.x + row * p.stride, p.stride);
   Vec sum[M][V] = {};
-  int64_t left = p.k;
+  int64_t left = p.k, ahead = 0;
   do {  // there is at least one input, as compilers cannot know: else they would write the zeros to memory
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += asked;
-    add_products<M, V>(sum, w, x);
+    for (int64_t at = 0; at < asked.size; at += 64) {
+      __builtin_prefetch(asked.at + ahead / Asked::kParts + at, 0, 2);
+    }
+    ahead += asked.step;
+    add_products<M, V>(sum, w, terms);
     w += kTile * kDepth<W>;
-    x += M * kInputs;
+    terms.advance();
   } while (--left > 0);
-  for (int v = 0; v < V; ++v) {
-    const int64_t column = tile * kTile + first + v * kLanes, count = std::min<int64_t>(kLanes, p.n - column);
+  for (int v = 0; v < V; ++v, column += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, p.n - column);
     if (count <= 0) break;
     const float* bias = p.bias == nullptr ? nullptr : p.bias + column;
     for (int m = 0; m < M; ++m) store_sum(p.out + (row + m) * p.n + column, sum[m][v], bias, count);
   }
 }
 
+// While a tile is multiplied with one of several blocks, `size` bytes from `next` on come into the cache: else the
+// first block of each tile would wait for memory and the others never. A block that is alone asks for what comes later
+// in its tile; `next` is null then.
 template <class W, class In, int M>
-void block_of_tile(const Problem<W, In>& p, int64_t tile, int64_t row, const char* ahead, int64_t asked) {
-  constexpr int kVectors = M <= 3 ? std::min(kTile / kLanes, 4) : 2;
-  constexpr int kParts = kTile / (kVectors * kLanes);
-  for (int part = 0; part < kParts && tile * kTile + part * kVectors * kLanes < p.n; ++part) {
-    part_of_tile<W, In, M, kVectors>(p, tile, row, part * kVectors * kLanes, ahead + part * (asked / kParts),
-                                     asked / (kParts * p.k));
+void block_of_tile(const Problem<W, In>& p, const W* tile, int64_t column, int64_t row, const char* next,
+                   int64_t size) {
+  constexpr int kVectors = M <= 3 ? std::min(kTile / kLanes, 4) : 2, kColumns = kVectors * kLanes;
+  constexpr int kParts = kTile / kColumns;
+  constexpr int64_t kNumbers = kColumns * kDepth<W>, kBytes = kNumbers * sizeof(W);
+  for (int part = 0; part < kParts && column + part * kColumns < p.n; ++part) {
+    const W* w = tile + part * kNumbers;
+    const char* later = reinterpret_cast<const char*>(w) + kAhead;
+    const auto asked = next != nullptr ? Asked::slice(next + part * (size / kParts), size / kParts, p.k)
+                                       : Asked::rows(later, kBytes * kParts, kBytes);
+    part_of_tile<W, In, M, kVectors>(p, w, column + part * kColumns, row, asked);
   }
 }
 
-// While a tile is multiplied with several blocks, the next tile comes into the cache, a part with each block: else the first
-// block of each tile would wait for memory and the others never.
+// A tile times all blocks of a share, of which each asks for `size` bytes of the next tile.
 template <class W, class In, int... Rows>
-void tiles(const Problem<W, In>& p, const Blocks& blocks, const Share& share, const Tiles& part,
-           std::integer_sequence<int, Rows...>) {
-  static constexpr void (*kBlock[])(const Problem<W, In>&, int64_t, int64_t, const char*, int64_t) = {
+void blocks_of_tile(const Problem<W, In>& p, const Blocks& blocks, const Share& share, const W* tile, int64_t column,
+                    const char* next, int64_t size, std::integer_sequence<int, Rows...>) {
+  static constexpr void (*kBlock[])(const Problem<W, In>&, const W*, int64_t, int64_t, const char*, int64_t) = {
       block_of_tile<W, In, Rows + 1>...};
-  const int64_t bytes = p.k * kTile * kDepth<W> * sizeof(W), count = share.end_block - share.first_block;
-  const int64_t asked = bytes / count;
-  for (int64_t tile = part.begin; tile < part.end; ++tile) {
-    const char* weights = reinterpret_cast<const char*>(p.weight);
-    const char* ahead = count > 1 ? weights + part.after(tile) * bytes : weights + tile * bytes + kAhead;
-    for (int64_t block = share.first_block; block < share.end_block; ++block, ahead += asked) {
-      kBlock[blocks[block].rows - 1](p, tile, blocks[block].first, ahead, asked);
+  for (int64_t block = share.first_block; block < share.end_block; ++block) {
+    kBlock[blocks[block].rows - 1](p, tile, column, blocks[block].first, next, size);
+    if (next != nullptr) next += size;
+  }
+}
+
+template <class W, class In>
+void tiles(const Problem<W, In>& p, const Blocks& blocks, const Share& share, const Tiles& part) {
+  const int64_t size = p.k * kTile * kDepth<W>, count = share.end_block - share.first_block;
+  const int64_t of_block = size * sizeof(W) / count;  // bytes
+  const std::make_integer_sequence<int, kMostRows> rows;
+  for (int64_t number = part.begin; number < part.end; ++number) {
+    const W* tile = p.weight + number * size;
+    const auto* next = count > 1 ? reinterpret_cast<const char*>(p.weight + part.after(number) * size) : nullptr;
+    if constexpr (std::is_same_v<In, Inputs<W>> && !std::is_same_v<W, float>) {
+      if (share.rows >= kWidenedOnce) {
+        static thread_local Scratch<float> scratch;
+        float* widened = scratch.of(kTile * p.k * kDepth<W>);
+        widen(tile, size, widened);
+        const auto* inputs = reinterpret_cast<const Inputs<float>*>(p.x);
+        const Problem<float, Inputs<float>> wide{
+            inputs, nullptr, p.bias, p.out, p.n, p.k * kDepth<W>, p.stride * kDepth<W>};
+        blocks_of_tile(wide, blocks, share, widened, number * kTile, next, of_block, rows);
+        continue;
+      }
     }
+    blocks_of_tile(p, blocks, share, tile, number * kTile, next, of_block, rows);
   }
 }
 
@@ -144,17 +210,20 @@ struct Arguments {
   const float* row(int64_t i) const { return x + (sources == nullptr ? i : sources[i]) * k; }
 };
 
-// Cuts the rows into blocks of `most` or fewer, calls pack(block, row of it, where it is in x) for each row, and then
-// multiply(share, part) for parts of the work; `row_ns` is what a row and a number of a tile take.
-template <class Pack, class Multiply>
-void for_blocks(const Arguments& a, Blocks& blocks, int64_t most, double bytes, double row_ns, const Pack& pack,
+// Calls take(i, row i of x) for each row.
+template <class Take>
+void take_rows(const Arguments& a, const Take& take) {
+  parallel_ranges(a.m, 65536 / a.k + 1, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) take(i, a.row(i));
+  });
+}
+
+// Cuts the rows into blocks of `most` or fewer and calls multiply(share, part) for parts of the work. A number of a
+// weight has `bytes` bytes; `row_ns` is the time that it takes with one row.
+template <class Multiply>
+void for_blocks(const Arguments& a, Blocks& blocks, int64_t most, double bytes, double row_ns,
                 const Multiply& multiply) {
   blocks.divide(a.m, a.starts, a.weights, [&](int64_t) { return most; });
-  parallel_ranges(blocks.count(), 65536 / (a.k * most) + 1, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      for (int64_t i = 0; i < blocks[block].rows; ++i) pack(blocks[block], i, a.row(blocks[block].first + i));
-    }
-  });
   // Bytes at the speed of memory and products at that of the unit that makes them: a guess of what a tile takes.
   const double tile_ns = kTile * double(a.k) * (bytes / 16.0 + double(a.m) / blocks.num_shares() * row_ns);
   blocks.for_tiles(num_tiles(a.n), int64_t(kItemNs / tile_ns) + 1, a.threads, multiply);
@@ -165,27 +234,37 @@ void gemm_widened(const Arguments& a) {
   static thread_local Scratch<float> scratch;  // the calling thread's, whoever helps it
   static thread_local Blocks kept;
   Blocks& blocks = kept;
-  const int64_t inputs = even_inputs<W>(a.k);
-  float* packed = scratch.of(a.m * inputs);
-  const auto pack = [&](const Block& block, int64_t i, const float* x) {
-    float* to = packed + block.first * inputs + i;
-    for (int64_t at = 0; at < a.k; ++at) to[at * block.rows] = x[at];
-    if (inputs > a.k) to[a.k * block.rows] = 0.0f;
-  };
-  for_blocks(a, blocks, kMostRows, sizeof(W), 1 / 40.0, pack, [&](const Share& share, const Tiles& part) {
-    const W* weight = static_cast<const W*>(a.weight) + share.weight * num_tiles(a.n) * kTile * inputs;
-    const Problem<W, float> p{packed, weight, a.bias, a.out, a.n, inputs / kDepth<W>};
-    tiles(p, blocks, share, part, std::make_integer_sequence<int, kMostRows>());
+  const int64_t k = even_inputs<W>(a.k);
+  const int64_t stride = spread_stride<float>(k);
+  const float* x = a.x;
+  if (a.sources != nullptr || stride != a.k) {  // else it is read as it is
+    float* copy = scratch.of(a.m * stride);
+    take_rows(a, [&](int64_t i, const float* row) {
+      std::fill(std::copy_n(row, a.k, copy + i * stride), copy + i * stride + k, 0.0f);
+    });
+    x = copy;
+  }
+  for_blocks(a, blocks, kMostRows, sizeof(W), 1 / 40.0, [&](const Share& share, const Tiles& part) {
+    const W* weight = static_cast<const W*>(a.weight) + share.weight * num_tiles(a.n) * kTile * k;
+    const Problem<W, Inputs<W>> p{
+        reinterpret_cast<const Inputs<W>*>(x), weight, a.bias, a.out, a.n, k / kDepth<W>, stride / kDepth<W>};
+    tiles(p, blocks, share, part);
   });
 }
 
+#if defined(__AVX512BF16__)
 // to [size] = x, rounded; numbers behind x, up to `padded`, are 0.
-[[maybe_unused]] void round_to_bfloat16(const float* x, int64_t size, BFloat16* to, int64_t padded) {
+void round_to_bfloat16(const float* x, int64_t size, BFloat16* to, int64_t padded) {
   int64_t at = 0;
-  for (; at + kLanes <= size; at += kLanes) store(to + at, load(x + at));
-  if (at < size) store(to + at, load(x + at, size - at), size - at);
-  std::fill(to + size, to + padded, BFloat16{});
+  for (; at + kLanes <= size; at += kLanes) store_element(to + at, load(x + at));
+  std::fill(to + at, to + padded, BFloat16{});
+  if (at < size) {
+    BFloat16 rest[kLanes];
+    store_element(rest, load(x + at, size - at));
+    std::copy_n(rest, size - at, to + at);
+  }
 }
+#endif
 
 template <class W>
 void gemm(const Arguments& a) {
@@ -218,10 +297,8 @@ void gemm<BFloat16>(const Arguments& a) {
   Blocks& blocks = kept;
   const int64_t pairs = (a.k + 1) / 2, stride = (a.k + 2 * kUnitWords - 1) / (2 * kUnitWords) * (2 * kUnitWords);
   BFloat16* rounded = scratch.of(a.m * stride);
-  const auto pack = [&](const Block& block, int64_t i, const float* x) {
-    round_to_bfloat16(x, a.k, rounded + (block.first + i) * stride, stride);
-  };
-  for_blocks(a, blocks, kUnitRows, 2, 1 / 400.0, pack, [&](const Share& share, const Tiles& part) {
+  take_rows(a, [&](int64_t i, const float* x) { round_to_bfloat16(x, a.k, rounded + i * stride, stride); });
+  for_blocks(a, blocks, kUnitRows, 2, 1 / 400.0, [&](const Share& share, const Tiles& part) {
     const BFloat16* weight = static_cast<const BFloat16*>(a.weight) + share.weight * num_tiles(a.n) * kTile * 2 * pairs;
     MatrixUnit<float> unit;
     for (int64_t tile = part.begin; tile < part.end; ++tile) {
@@ -249,19 +326,14 @@ void gemm<BFloat16>(const Arguments& a) {
   static thread_local Scratch<Pair> scratch;
   static thread_local Blocks kept;
   Blocks& blocks = kept;
-  const int64_t pairs = (a.k + 1) / 2;
-  Pair* packed = scratch.of(a.m * pairs);
-  const auto pack = [&](const Block& block, int64_t i, const float* x) {
-    static thread_local Scratch<BFloat16> rounded_of_thread;
-    BFloat16* rounded = rounded_of_thread.of(2 * pairs);
-    round_to_bfloat16(x, a.k, rounded, 2 * pairs);
-    Pair* to = packed + block.first * pairs + i;
-    for (int64_t at = 0; at < pairs; ++at) to[at * block.rows] = {rounded[2 * at], rounded[2 * at + 1]};
-  };
-  for_blocks(a, blocks, kMostRows, 2, 1 / 80.0, pack, [&](const Share& share, const Tiles& part) {
+  const int64_t pairs = (a.k + 1) / 2, stride = spread_stride<Pair>(pairs);
+  Pair* rounded = scratch.of(a.m * stride);
+  take_rows(a, [&](int64_t i, const float* x) {
+    round_to_bfloat16(x, a.k, reinterpret_cast<BFloat16*>(rounded + i * stride), 2 * pairs);
+  });
+  for_blocks(a, blocks, kMostRows, 2, 1 / 80.0, [&](const Share& share, const Tiles& part) {
     const BFloat16* weight = static_cast<const BFloat16*>(a.weight) + share.weight * num_tiles(a.n) * kTile * 2 * pairs;
-    const Problem<BFloat16, Pair> p{packed, weight, a.bias, a.out, a.n, pairs};
-    tiles(p, blocks, share, part, std::make_integer_sequence<int, kMostRows>());
+    tiles(Problem<BFloat16, Pair>{rounded, weight, a.bias, a.out, a.n, pairs, stride}, blocks, share, part);
   });
 }
 

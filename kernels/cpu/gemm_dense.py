@@ -1,7 +1,7 @@
 """Products of float32 inputs with weights of 16 or 32 bit floating point numbers in C++, in float32.
 
 The order of a sum does not depend on which rows are computed together, so neither does a row's result, unlike with
-torch's products. A 16-bit weight is read as it is and widened in registers. If the CPU has bfloat16 products (AVX-512
+torch's products. A 16-bit weight is read as it is and widened on the way. If the CPU has bfloat16 products (AVX-512
 BF16, AMX), inputs of bfloat16 weights are rounded to bfloat16, as on a GPU.
 """
 
@@ -61,7 +61,8 @@ class TiledMatrix:
         from_tokens: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Return `x W^T + bias`, `[T, N]`, in `out` where it is given; `x [T, K]`, `bias [N]` and result float32.
+        """Return `x W^T + bias`, `[T, N]`, in `out` where it is given; `x [T, K]`, `bias [N]` and result float32. `out`
+        must not overlap `x`.
 
         With a stack of weights, `by_expert` says which rows are multiplied with which one: the P rows of its order,
         which are those of the result, and of `x` as well unless `from_tokens`.

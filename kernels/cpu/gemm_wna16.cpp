@@ -5,10 +5,9 @@
 // rows are beside it and however many threads there are.
 //
 // Weights lie in tiles of columns, one behind the other: words [n / 32, k * bits / 32, 32], scales and zeros
-// [n / 32, k / group, 32]. A product reads them from the first to the last as they are in memory. Inputs lie in blocks
-// of rows, in the order in which they are used: codes [k / 4, rows of the block, 4]. Where the CPU has a matrix unit
-// (AMX), it multiplies blocks of more rows, whose codes lie row by row, [rows of the block, k]. The sums of a group are
-// the same numbers then, and so are the results.
+// [n / 32, k / group, 32]. A product reads them from the first to the last as they are in memory. Codes of inputs lie
+// row by row and are multiplied in blocks of rows. Where the CPU has a matrix unit (AMX), it multiplies blocks
+// of more rows. The sums of a group are the same numbers then, and so are the results.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -21,6 +20,7 @@
 #include "recording.h"
 #include "round8.h"
 #include "scratch.h"
+#include "terms.h"
 #include "tile.h"
 
 namespace {
@@ -40,18 +40,17 @@ struct Problem {
   const T* scales;
   const T* zeros;  // or null: the middle of the range is zero
   T* out;          // [m, n]
-  int64_t n, k, group, groups;
-  const int8_t* codes;        // for 4 bits, of every eight the four at even places come first
+  int64_t n, k, stride, group, groups;
+  const int8_t* codes;        // [m, stride], k in each; for 4 bits, of every eight the four at even places come first
   const float* input_scales;  // [k / group, rows of the block] of each block
   const int32_t* starts;      // the same: where the sums of a group start
   const float* input_sums;    // the same, of codes
 };
 
-// One row of a block of `rows`; codes, scales and sums are where the row's first are. Of codes, every four are `apart`
-// bytes from the four before.
+// One row of a block of `rows`; codes, scales and sums are where the row's first are.
 template <class T, int Bits>
-void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start_per_code, int8_t* codes, int64_t apart,
-               float* scales, int32_t* starts, float* sums) {
+void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start_per_code, int8_t* codes, float* scales,
+               int32_t* starts, float* sums) {
   constexpr int kAtOnce = 16;
   for (int64_t start = 0; start < k; start += group, x += group, scales += rows, starts += rows, sums += rows) {
     Int largest = {};
@@ -79,7 +78,8 @@ void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start
           std::memcpy(b, &v, sizeof v);
         }
       }
-      for (int four = 0; four < count; four += 4, codes += apart) std::memcpy(codes, bytes + four, 4);
+      std::memcpy(codes, bytes, count);
+      codes += count;
     };
     for (i = 0; i + kAtOnce <= group; i += kAtOnce) round(x + i, kAtOnce);
     if (i < group) {
@@ -94,17 +94,17 @@ void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start
   }
 }
 
-// M rows, which are a block, of V vectors of a tile's columns from `first` on. With FromMemory, words that come later in
-// the tile are asked for: they are in a cache where other rows of a call have been before. For each group, `asked` bytes
-// from `ahead` on are asked for, too.
+// M rows, which are a block, of V vectors of a tile's columns from `first` on. With FromMemory, words that come later
+// in the tile are asked for: they are in a cache where other rows of a call have been before. For each group,
+// `of_group` bytes from `ahead` on are asked for, too.
 template <class T, int Bits, int M, int V, bool HasZeros, bool FromMemory>
-void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first, const char* ahead, int64_t asked) {
+void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first, const char* ahead, int64_t of_group) {
   constexpr bool kAsksAhead = FromMemory && (Bits == 4 || M > 2);  // what only loads, the CPU itself follows better
   const int64_t groups = p.groups, num_words = p.group * Bits / 32;
   const int32_t* words = p.words + tile * groups * num_words * kTile + first;
   const T* scales = p.scales + tile * groups * kTile + first;
   const T* zeros = HasZeros ? p.zeros + tile * groups * kTile + first : nullptr;
-  const int8_t* codes = p.codes + row * p.k;
+  RowTerms<Quad, M> codes(reinterpret_cast<const Quad*>(p.codes + row * p.stride), p.stride / 4);
   const float* input_scales = p.input_scales + row * groups;
   const int32_t* starts = p.starts + row * groups;
   const float* input_sums = p.input_sums + row * groups;
@@ -121,8 +121,8 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first, con
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < V; ++v) sum[m][v] = Int{} + starts[m];
     }
-    for (int64_t at = 0; at < asked; at += 64) __builtin_prefetch(ahead + at, 0, 2);
-    ahead += asked;
+    for (int64_t at = 0; at < of_group; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+    ahead += of_group;
     const auto add_word = [&](auto& to, auto product) __attribute__((always_inline)) {
       Int w[V];
       for (int v = 0; v < V; ++v) {
@@ -132,10 +132,10 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first, con
       }
       const auto add = [&](auto weights) __attribute__((always_inline)) {
         for (int m = 0; m < M; ++m) {
-          const Int x = splat_four(codes + 4 * m);
+          const Int x = splat_four(codes.row(m));
           for (int v = 0; v < V; ++v) to[m][v] = product(to[m][v], weights(w[v]), x);
         }
-        codes += 4 * M;
+        codes.advance();
       };
       if constexpr (Bits == 8) {
         add([](Int word) { return word; });
@@ -193,10 +193,10 @@ template <class T, int Bits, bool HasZeros, bool FromMemory, int M>
 void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row, const char* ahead, int64_t asked) {
   constexpr int kVectors = M <= 2 ? std::min(kTile / kLanes, 4) : 2;  // one row alone waits for each of its sums
   constexpr int kParts = kTile / (kVectors * kLanes);
-  const int64_t asked_of_group = asked / (kParts * p.groups);
+  const int64_t of_group = (asked + kParts * p.groups - 1) / (kParts * p.groups);
   for (int part = 0; part < kParts && tile * kTile + part * kVectors * kLanes < p.n; ++part) {
     part_of_tile<T, Bits, M, kVectors, HasZeros, FromMemory>(p, tile, row, part * kVectors * kLanes,
-                                                             ahead + part * (asked / kParts), asked_of_group);
+                                                             ahead + part * (asked / kParts), of_group);
   }
 }
 
@@ -208,7 +208,7 @@ void tiles(const Problem<T>& p, const Blocks& blocks, const Share& share, const 
   static constexpr void (*kBlock[])(const Problem<T>&, int64_t, int64_t, const char*, int64_t) = {
       block_of_tile<T, Bits, HasZeros, FromMemory, Least + More>...};
   const int64_t bytes = p.k * Bits / 8 * kTile, count = share.end_block - share.first_block;
-  const int64_t asked = count > 1 ? bytes / count + 1 : 0;
+  const int64_t asked = count > 1 ? bytes / count : 0;
   for (int64_t tile = part.begin; tile < part.end; ++tile) {
     const char* ahead = reinterpret_cast<const char*>(p.words) + part.after(tile) * bytes;
     for (int64_t block = share.first_block; block < share.end_block; ++block, ahead += asked) {
@@ -253,7 +253,7 @@ void block_on_unit(MatrixUnit<int32_t>& unit, int words, const Problem<T>& p, in
                    const void* weights) {
   static_assert(kTile == kUnitColumns);
   const auto [first, rows] = block;
-  const int8_t* codes = p.codes + first * p.k;
+  const int8_t* codes = p.codes + first * p.stride;
   const char* weight = static_cast<const char*>(weights);
   alignas(64) int32_t sums[kUnitRows * kTile];
   alignas(64) float results[kUnitRows * kTile];
@@ -261,7 +261,7 @@ void block_on_unit(MatrixUnit<int32_t>& unit, int words, const Problem<T>& p, in
   for (int64_t group = 0; group < p.groups; ++group) {
     unit.begin(int(rows), words);
     for (int64_t i = 0; i < p.group; i += 4 * words, codes += 4 * words, weight += 4 * words * kTile) {
-      unit.add(codes, p.k, weight);
+      unit.add(codes, p.stride, weight);
     }
     unit.store_sums(sums);
     const int64_t of_tile = (tile * p.groups + group) * kTile, of_block = first * p.groups + group * rows;
@@ -313,9 +313,9 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
           const void* scales, const void* zeros, void* out, int64_t m, int64_t n, int64_t k, int64_t group,
           int64_t threads) {
   if (m == 0 || n == 0) return;
-  const int64_t groups = k / group;
+  const int64_t groups = k / group, stride = spread_stride<int8_t>(k);
   static thread_local RoundedInputs rounded;
-  int8_t* codes = rounded.codes.of(m * k);
+  int8_t* codes = rounded.codes.of(m * stride);
   float* input_scales = rounded.scales.of(m * groups);
   int32_t* sum_starts = rounded.starts.of(m * groups);
   float* input_sums = rounded.sums.of(m * groups);
@@ -334,8 +334,7 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t source = sources == nullptr ? row + i : sources[row + i];
         round_row<T, Bits>(static_cast<const T*>(x) + source * k, k, group, rows, start,
-                           codes + row * k + i * (is_on_unit ? k : 4), is_on_unit ? 4 : 4 * rows,
-                           input_scales + row * groups + i, sum_starts + row * groups + i,
+                           codes + (row + i) * stride, input_scales + row * groups + i, sum_starts + row * groups + i,
                            input_sums + row * groups + i);
       }
     }
@@ -347,8 +346,8 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
     const int64_t before = share.weight * num_tiles(n) * kTile;  // columns of the weights before it
     const T* const own_zeros = zeros == nullptr ? nullptr : static_cast<const T*>(zeros) + before * groups;
     const Problem<T> p{static_cast<const int32_t*>(words) + before * k * Bits / 32,
-                       static_cast<const T*>(scales) + before * groups, own_zeros, static_cast<T*>(out), n, k, group,
-                       groups, codes, input_scales, sum_starts, input_sums};
+                       static_cast<const T*>(scales) + before * groups, own_zeros, static_cast<T*>(out), n, k, stride,
+                       group, groups, codes, input_scales, sum_starts, input_sums};
     const std::make_integer_sequence<int, kFewRows> few;
     const std::make_integer_sequence<int, 2> even_sizes;  // of many blocks
 #if defined(HAS_MATRIX_UNIT)

@@ -20,7 +20,7 @@ def randn(*shape, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("columns", "inputs"), [(64, 96), (32, 1), (7, 33), (150, 24), (33, 577)])
+@pytest.mark.parametrize(("columns", "inputs"), [(64, 96), (32, 1), (7, 33), (150, 24), (33, 577), (40, 2048)])
 def test_products(library, dtype, columns, inputs):
     matrix, bias, x = randn(columns, inputs).to(dtype), randn(columns, seed=1), randn(29, inputs, seed=2)
     if dtype == torch.bfloat16:

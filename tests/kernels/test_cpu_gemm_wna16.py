@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scalellm import kernels
@@ -31,7 +31,13 @@ def weight(bits: int, k: int, n: int, group_size: int, dtype: torch.dtype, has_z
     return words, scales, zeros
 
 
+LONG_ROWS = {"dtype": torch.float32, "rows": 14, "n": 40, "groups": 64, "has_zeros": True, "seed": 0}
+"""4,096 inputs: the rows of bytes lie further apart then than they are long."""
+
+
 @settings(max_examples=40)
+@example(bits=8, words_per_group=16, **LONG_ROWS)
+@example(bits=4, words_per_group=8, **LONG_ROWS)
 @given(
     bits=st.sampled_from([4, 8]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
