@@ -17,8 +17,15 @@ from bench.peers.weights import Weights
 from scalellm.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
 
 _BFLOAT16 = "bfloat16"
-_FORMS = {"keep": ("keep", 4), "int8": ("int8", 8), _BFLOAT16: ("auto", 16), "float32": ("none", 32)}
-"""Value of `--quantization`, and bits of a weight."""
+_FORMS = {
+    "keep": ("keep", "auto", 4),
+    "int8": ("int8", "auto", 8),
+    _BFLOAT16: ("auto", "auto", 16),
+    # OpenVINO's cache has 8 bits with all weights.
+    f"{_BFLOAT16}-kv8": ("auto", "int8", 16),
+    "float32": ("none", "auto", 32),
+}
+"""Values of `--quantization` and `--kv-cache-dtype`, and bits of a weight."""
 
 
 class _Silent:
@@ -47,7 +54,7 @@ class Ours:
 
     name = "scalellm"
     is_ours = True
-    forms = tuple(Form(name, bits) for name, (_, bits) in _FORMS.items())
+    forms = tuple(Form(name, bits) for name, (*_, bits) in _FORMS.items())
 
     def __init__(self, model: str, path: Path, weights: Weights, home: Path, speculation: str) -> None:
         self._model = model
@@ -61,11 +68,15 @@ class Ours:
         return {name: version(name) for name in ("scalellm-server", "torch", "grpcio", "protobuf")}
 
     def setup(self, form: Form, need: Need) -> Setup:
-        """See System. The settings are the defaults but for the form of the weights and speculation."""
-        quantization, _ = _FORMS[form.name]
-        path = self._weights.hf_folder(form.name) if form.name == _BFLOAT16 else self._path
+        """See System. The settings are the defaults but for the forms of weights and cache, and speculation."""
+        quantization, kv_cache_dtype, bits = _FORMS[form.name]
+        path = self._weights.hf_folder(_BFLOAT16) if bits == 16 else self._path
         command = ("scalellm", "up", "--port", "0", "--model", f"{self._model}={path}")
-        settings = {"QUANTIZATION": quantization, "SPECULATION": self._speculation}
+        settings = {
+            "QUANTIZATION": quantization,
+            "KV_CACHE_DTYPE": kv_cache_dtype,
+            "SPECULATION": self._speculation,
+        }
         return Setup(command, {f"SCALELLM_EXECUTOR_{name}": value for name, value in settings.items()})
 
     @contextmanager
