@@ -174,7 +174,7 @@ class EngineLoop:
             self._announce_load(self._divide_windows())
 
     def _step(self) -> None:
-        result = self._engine.step()
+        result = self._engine.step(self._announce_started)
         if result.error is not None and self._log_limit.admit() is not None:
             _log.error("a step failed, the cause is looked for among its requests", exc_info=result.error)
         for request in result.culprits:
@@ -205,6 +205,14 @@ class EngineLoop:
         if now - self._last_stats >= _STATS_INTERVAL:
             self._send_stats()
             self._tell_step_time()
+
+    def _announce_started(self) -> None:
+        """Grant the credits of the prompts with which a step begins, so that others arrive while it runs. Granted after
+        it, they would miss the next step, and every other step would run with few prompt tokens.
+        """
+        if len(self._links) > 1:
+            self._divide_windows()
+        self._announce_load(self._links.values())
 
     def _tell_step_time(self) -> None:
         line = self._engine.step_time()

@@ -136,9 +136,7 @@ class Engine:
             self._finish_sample(group.samples[index], finish_reason, None, now)
 
     def give_back(self, key: RequestKey, message: str) -> None:
-        """End a request as MOVED, without ends of its samples, so that it can go on elsewhere or later. Unknown keys
-        are ignored.
-        """
+        """End a request, if it is here, as MOVED, without ends of its samples: it can go on elsewhere or later."""
         group = self._books.get(key)
         if group is None:
             return
@@ -175,13 +173,14 @@ class Engine:
         is_held = len(self._compiling) == len(self._books) or self._scheduler.is_held_by_masks
         return is_held and len(self._books) > 0 and not (self._pipeline or self._result.has_ends)
 
-    def step(self) -> StepResult:
-        """Launch a step, process the due one, and return all results since the last call. Raises DeviceLostError."""
+    def step(self, on_started: Callable[[], None] = lambda: None) -> StepResult:
+        """Launch a step, process the due one, and return all results since the last call. Raises DeviceLostError.
+        `on_started` is called before the launch of a step with which requests leave the waiting queue.
+        """
         started = self._clock()
         for group in self._books.expired(started):
-            self._end_request(
-                group, FinishReason.DEADLINE, RequestStatus.DEADLINE_EXCEEDED, "the deadline has passed", started
-            )
+            status, message = RequestStatus.DEADLINE_EXCEEDED, "the deadline has passed"
+            self._end_request(group, FinishReason.DEADLINE, status, message, started)
         for group, error in self._compiling.take():
             self._end_request(group, FinishReason.ERROR, RequestStatus.INVALID, error, started)
         if self._pipeline.withholds_tokens:
@@ -196,6 +195,8 @@ class Engine:
                     self._scheduler.roll_back(group, started)
             batch = self._schedule(started)
         num_ahead = 0
+        if batch.started:
+            on_started()
         if batch.sequences or batch.has_swaps:
             self._counts.steps += 1
             num_ahead = int(self._pipeline.launch(batch, started))

@@ -69,6 +69,35 @@ def test_a_long_prompt_is_not_mistaken_for_a_dead_engine() -> None:
     assert len([message for message in frames if message.link == 2]) < 5  # who waits for nothing hears of changes only
 
 
+def test_credits_of_the_prompts_in_a_step_are_granted_before_it_runs() -> None:
+    """Granted after it, they would bring prompts for the next step but one."""
+    config = engine_kit.make_config(max_num_batched_tokens=8)
+    clock = engine_kit.SimClock()
+    ours, theirs = socket.socketpair()
+    granted: list[list[int]] = []
+    with ours, theirs:
+        received = EngineChannel(ours)
+
+        def on_execute(batch: object) -> None:
+            frames = [message.payload for message in received.receive(0.0) if message.kind is Kind.FRAME]
+            loads = [link_pb2.ServerFrame.FromString(payload).step.load for payload in frames]
+            granted.append([load.granted_prefill_tokens for load in loads])
+            if len(granted) == 3:
+                ours.shutdown(socket.SHUT_WR)
+
+        runner = engine_kit.FakePagedRunner(config, on_execute=on_execute)
+        loaded = LoadedEngine(Engine(config, runner, clock), link_pb2.Welcome(), executor_pb2.GetExecutorInfoResponse())
+        sampling = common_pb2.SamplingParams(max_tokens=9, ignore_eos=True)
+        submits = [link_pb2.Submit(handle=n, token_ids=[n] * 5, sampling=sampling) for n in (1, 2)]
+        sent = [Message(Kind.OPEN, 1, HELLO), *(Message(Kind.FRAME, 1, frame(submit=submit)) for submit in submits)]
+        ours.sendall(b"".join(message.encode() for message in sent))
+        with pytest.raises(EOFError):
+            EngineLoop(loaded, EngineChannel(theirs), clock).run()
+    # Both prompts begin with the first step, so the loads of later steps, sent after them, grant the same.
+    assert [counts[-1] for counts in granted] == [18, 18, 18]
+    assert [len(counts) for counts in granted] == [1, 1, 1]
+
+
 def test_a_link_that_was_told_of_a_step_is_not_told_its_load_again() -> None:
     sampling = common_pb2.SamplingParams(max_tokens=100, ignore_eos=True)
     submit = link_pb2.Submit(handle=1, token_ids=[1, 2, 3], sampling=sampling)
