@@ -84,24 +84,27 @@ class _Pipe:
     def __init__(self, network: Network, address: str) -> None:
         self._whole = network.whole(address)
         self._latency = network.latency
-        self._sent: deque[object] = deque()
+        self._sent: deque[tuple[float, object]] = deque()  # with the times at which they arrive on a whole wire
         self._arrived: deque[object] = deque()
         self._changed = asyncio.Event()
         self._carrier: asyncio.Task[None] | None = None
 
     def put(self, item: object) -> None:
         """Send something."""
-        self._sent.append(item)
+        loop = asyncio.get_running_loop()
+        self._sent.append((loop.time() + self._latency(), item))
         if self._carrier is None or self._carrier.done():
-            self._carrier = asyncio.get_running_loop().create_task(self._carry())
+            self._carrier = loop.create_task(self._carry())
 
     async def _carry(self) -> None:
+        loop = asyncio.get_running_loop()
         while self._sent:
-            await asyncio.sleep(self._latency())
+            due = self._sent[0][0]
+            await asyncio.sleep(max(0.0, due - loop.time()))
             await self._whole.wait()
-            # Whatever was sent within the latency comes together, as bytes on a stream do.
-            while self._sent:
-                self._arrived.append(self._sent.popleft())
+            now = max(due, loop.time())
+            while self._sent and self._sent[0][0] <= now:
+                self._arrived.append(self._sent.popleft()[1])
             self._wake()
 
     async def take(self) -> Any:

@@ -20,7 +20,7 @@ from scalellm.services.executor.grammar import Masks
 from scalellm.services.executor.ipc import Kind, Message
 from scalellm.services.scheduler.config import SchedulerSettings
 from scalellm.v1 import link_pb2
-from shaped_answers import EOS, SIZE, CompilesAtOnce
+from shaped_answers import EOS, SIZE, CompilesAtOnce, compiler_of_masks_at_once
 
 VOCABULARY = SIZE
 SILENCE_LIMIT = 3.0
@@ -106,7 +106,7 @@ class ScriptedExecutor(VirtualExecutor):
     def _new_engine(self, clock: StepClock) -> Engine:
         overlaps, steps = self._rng.random() < 0.5, RandomSteps(self._rng)
         runner = ScriptedRunner(self.config.max_num_seqs, clock, overlaps=overlaps, steps=steps, sleep=clock.sleep)
-        return Engine(self.config, runner, clock, grammars=CompilesAtOnce())
+        return Engine(self.config, runner, clock, grammars=CompilesAtOnce(compiler_of_masks_at_once))
 
     def _note(self, message: Message, is_received: bool) -> None:
         if message.kind is not Kind.FRAME:

@@ -12,7 +12,7 @@ import pytest
 from bench.virtual.network import Connection
 from virtual_histories import play
 
-NUM_HISTORIES = 30
+NUM_HISTORIES = 90
 """Played by `make test`; `make test-faults` plays thousands."""
 
 
