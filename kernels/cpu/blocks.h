@@ -80,7 +80,7 @@ class Blocks {
   // tiles, which is work worth another thread's taking.
   template <class Body>
   void for_tiles(int64_t tiles, int64_t worth, int64_t threads, const Body& body) const {
-    const int64_t even = num_shares_ * tiles / (8 * threads);
+    const int64_t even = num_shares_ * tiles / (kPartsOfThread * threads);
     const int64_t grain = std::min(std::max({worth, even, int64_t(1)}), tiles);
     const int64_t parts = (tiles + grain - 1) / grain;
     parallel_for(num_shares_ * parts, threads, [&](int64_t item) {

@@ -18,9 +18,7 @@ template <class T>
 inline void write_key8(const T* key, int64_t dim, int64_t at, Int8* part) {
   const float scale = round_row8(key, dim, [&](int64_t i, Byte codes) {
     for (int four = 0; four < kLanes; four += 4, i += 4) {
-      uint32_t word;
-      std::memcpy(&word, reinterpret_cast<const char*>(&codes) + four, sizeof word);
-      word ^= 0x80808080;
+      const uint32_t word = read<uint32_t>(reinterpret_cast<const char*>(&codes) + four) ^ 0x80808080;
       std::memcpy(part + i * kPart + at * 4, &word, sizeof word);
     }
   }).scale;

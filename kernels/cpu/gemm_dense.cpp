@@ -63,15 +63,15 @@ struct Problem {
 
 // The bytes of weights that are asked for with each row of a tile, as it is multiplied with a block.
 struct Asked {
-  static constexpr int64_t kParts = 1024;  // of a byte, as there may be less than a byte for each row
+  static constexpr int64_t kSteps = 1024;  // in a byte, as there may be less than a byte for each row
 
   const char* at;
-  int64_t step, size;  // parts of a byte to the next row's; bytes
+  int64_t step, size;  // to the next row's, in kSteps of a byte; bytes
 
   // `bytes` bytes from `at` on, with `rows` rows.
-  static Asked slice(const char* at, int64_t bytes, int64_t rows) { return {at, bytes * kParts / rows, 1}; }
+  static Asked slice(const char* at, int64_t bytes, int64_t rows) { return {at, bytes * kSteps / rows, 1}; }
   // With each row, `size` bytes of a row of `row` bytes.
-  static Asked rows(const char* at, int64_t row, int64_t size) { return {at, row * kParts, size}; }
+  static Asked rows(const char* at, int64_t row, int64_t size) { return {at, row * kSteps, size}; }
 };
 
 // The products of one row of a tile with M rows of the input, added to V vectors of sums for each.
@@ -127,7 +127,7 @@ void part_of_tile(const Problem<W, In>& p, const W* w, int64_t column, int64_t r
   int64_t left = p.k, ahead = 0;
   do {  // there is at least one input, as compilers cannot know: else they would write the zeros to memory
     for (int64_t at = 0; at < asked.size; at += 64) {
-      __builtin_prefetch(asked.at + ahead / Asked::kParts + at, 0, 2);
+      __builtin_prefetch(asked.at + ahead / Asked::kSteps + at, 0, 2);
     }
     ahead += asked.step;
     add_products<M, V>(sum, w, terms);

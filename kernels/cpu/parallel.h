@@ -6,6 +6,7 @@
 // One that found the counter at its end looks for the next loop for some microseconds before it sleeps.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 using Task = void (*)(const void* context, int64_t item);
@@ -20,9 +21,14 @@ void parallel_for(int64_t count, int64_t num_threads, const Body& body) {
       count, num_threads, [](const void* context, int64_t item) { (*static_cast<const Body*>(context))(item); }, &body);
 }
 
-// Calls body(begin, end) for parts of 0..count-1 of `grain` items.
+// Parts for each thread, where there is much work: with many more, giving them out takes longer than computing them.
+constexpr int64_t kPartsOfThread = 8;
+
+// Calls body(begin, end) for parts of 0..count-1. A part has at least `least` items, which is work worth another
+// thread's taking.
 template <class Body>
-void parallel_ranges(int64_t count, int64_t grain, int64_t num_threads, const Body& body) {
+void parallel_ranges(int64_t count, int64_t least, int64_t num_threads, const Body& body) {
+  const int64_t grain = std::max(least, count / (kPartsOfThread * num_threads));
   parallel_for((count + grain - 1) / grain, num_threads, [&](int64_t part) {
     int64_t end = (part + 1) * grain;
     body(part * grain, end < count ? end : count);

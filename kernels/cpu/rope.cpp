@@ -1,5 +1,4 @@
 // Per-head norm, rotation of queries and keys, and the write of keys and values into the paged cache.
-#include <algorithm>
 #include <atomic>
 
 #include "cache8.h"
@@ -10,7 +9,6 @@
 namespace {
 
 constexpr int64_t kGrain = 3072;  // elements: some, as every number of a key is written to a line of its own
-constexpr int64_t kPartsOfThread = 8;  // if there are many tokens; few are divided into parts of kGrain elements
 constexpr int64_t kMaxDim = 256;
 
 // What every head of a call has in common.
@@ -59,8 +57,7 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
              int64_t qkv_stride, int64_t out_stride, float k_scale, float v_scale, int64_t threads) {
   std::atomic<int64_t> fault{kDone};
   const int64_t dim = heads.dim, kv_width = heads.kv_heads * dim, q_width = heads.q_heads * dim;
-  const int64_t grain = std::max(kGrain / (q_width + 2 * kv_width) + 1, tokens / (kPartsOfThread * threads));
-  parallel_ranges(tokens, grain, threads, [&](int64_t begin, int64_t end) {
+  parallel_ranges(tokens, kGrain / (q_width + 2 * kv_width) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (positions[t] < 0 || positions[t] >= num_positions || slots[t] >= num_slots) {
         fault = t;
