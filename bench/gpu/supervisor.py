@@ -19,6 +19,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _START = 240.0  # seconds for a worker to import torch and open the device
 _BETWEEN = 60.0  # from a part's end to the begin of the next
 _GRACE = 15.0  # past a part's share of the budget, for the case in progress
+_LONGEST_WAIT = 1.0  # see `_next_line`
 
 Listener = Callable[[str, Kind, dict[str, Any]], None]
 """Is told of each finding as it comes: the part's name, what it is, and its values."""
@@ -96,7 +97,7 @@ class Supervisor:
         since, limit = time.monotonic(), _START
         while left:
             try:
-                line = lines.get(timeout=max(0.0, since + limit - time.monotonic()))
+                line = _next_line(lines, since + limit)
             except queue.Empty:
                 self._give_up(running or self._begin(left[0].name), since, f"stopped: did not end in {limit:.0f} s")
                 return left[1:]
@@ -138,6 +139,24 @@ def worker_environment(*, dry_run: bool) -> dict[str, str]:
     if dry_run:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return environment
+
+
+def _next_line(lines: queue.Queue[str | None], deadline: float) -> str | None:
+    """Return the next line of a worker, or None at its end.
+
+    Waits in short pieces: a signal that comes just before a wait, or to another thread, does not interrupt the wait,
+    and Python calls its handler only after it.
+
+    Raises:
+        queue.Empty: there was none until the deadline, in seconds of the monotonic clock.
+    """
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return lines.get(timeout=min(max(0.0, left), _LONGEST_WAIT))
+        except queue.Empty:
+            if left <= _LONGEST_WAIT:
+                raise
 
 
 def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
