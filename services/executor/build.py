@@ -26,7 +26,7 @@ from scalellm.services.executor.engine.step_warm_up import fit_step_times
 from scalellm.services.executor.engine_load import welcome
 from scalellm.services.executor.ipc import EngineChannel
 from scalellm.services.executor.late_grammars import LateGrammars
-from scalellm.services.executor.limits import choose_limits, engine_config
+from scalellm.services.executor.limits import choose_limits, engine_config, output_interval
 from scalellm.services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
 from scalellm.services.executor.model_config.files import read_shape
 from scalellm.v1 import executor_pb2, link_pb2
@@ -58,6 +58,8 @@ class LoadedEngine:
     info: executor_pb2.GetExecutorInfoResponse
     late_compiles: Callable[[], int] = lambda: 0
     """Kernel variants compiled after warm-up so far."""
+    output_interval: float = 0.0
+    """Seconds; see PacedOutput."""
 
 
 def build_engine(
@@ -166,7 +168,9 @@ def _model_engine(
         unused_instructions={} if library is None else library.passed_over,
     )
     return replace(
-        _describe(settings, found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles)
+        _describe(settings, found, built.engine, info),
+        late_compiles=lambda: len(built.runner.late_compiles),
+        output_interval=output_interval(settings, on_gpu=placement.device.torch_device.type != "cpu"),
     )
 
 
@@ -203,7 +207,11 @@ def _fake_engine(settings: ExecutorSettings, clock: Callable[[], float]) -> Load
     # A modelled device answers as fast as a real one.
     step_times = fit_step_times(config, runner) if overlaps else None
     engine = Engine(config, runner, clock, grammars=grammars, step_times=step_times)
-    return _describe(settings, found, engine, executor_pb2.GetExecutorInfoResponse(device="cpu", backend="fake"))
+    info = executor_pb2.GetExecutorInfoResponse(device="cpu", backend="fake")
+    return replace(
+        _describe(settings, found, engine, info),
+        output_interval=output_interval(settings, on_gpu=True),  # as if it had cores of its own
+    )
 
 
 def _find_model(settings: ExecutorSettings, read: Callable[[Path], ModelConfig]) -> _FoundModel:

@@ -109,6 +109,9 @@ class ExecutorSettings(LinkedSettings):
     target_itl_ms: Annotated[float, Field(gt=0)] | None = 500.0
     """While sequences decode, the sizes of prefill chunks and the number of drafts are limited so that a step takes
     about this long at most, in milliseconds."""
+    output_interval_ms: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Tokens are sent to clients at least this many milliseconds apart, those of short steps together; first and last
+    tokens are sent at once. Default: 10 on a CPU, where services and engine share the cores, and 0 on a GPU."""
     max_engine_restarts: Annotated[int, Field(ge=0)] = 3
     """Engine crashes in a row, without a completed start in between, after which the service gives up. The loss of a
     node does not count; the service waits for it."""

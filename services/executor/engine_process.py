@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 import grpc
@@ -29,6 +29,7 @@ from scalellm.services.common.logs import LineLimit, configure_logging
 from scalellm.services.executor.build import LoadedEngine, build_engine
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.executor.credit_window import divide
+from scalellm.services.executor.engine import LinkResult
 from scalellm.services.executor.engine.batch import DeviceLostError
 from scalellm.services.executor.engine.request import EngineRequest
 from scalellm.services.executor.engine.step_time import StepTimeModel
@@ -36,6 +37,7 @@ from scalellm.services.executor.engine_link import EngineLink, accept_hello
 from scalellm.services.executor.engine_load import step_time_to_wire
 from scalellm.services.executor.engine_report import make_report
 from scalellm.services.executor.ipc import EngineChannel, Kind, Message
+from scalellm.services.executor.paced_output import PacedOutput
 from scalellm.services.executor.request_trace import TracedRequests
 from scalellm.services.executor.stall_report import write_stacks_to
 
@@ -77,6 +79,7 @@ class EngineLoop:
         # A few more requests than can run, so that the row of a finished sequence is used in the very next step.
         self._request_window = config.max_num_seqs + max(1, config.max_num_seqs // 8)
         self._links: dict[int, EngineLink] = {}
+        self._output = PacedOutput(loaded.output_interval)
         self._draining = False
         self._num_refused = 0
         self._last_load = self._last_stats = float("-inf")
@@ -174,7 +177,7 @@ class EngineLoop:
             self._announce_load(self._divide_windows())
 
     def _step(self) -> None:
-        result = self._engine.step(self._announce_started)
+        result = self._engine.step(self._before_start)
         if result.error is not None and self._log_limit.admit() is not None:
             _log.error("a step failed, the cause is looked for among its requests", exc_info=result.error)
         for request in result.culprits:
@@ -186,30 +189,29 @@ class EngineLoop:
             )
         if len(self._links) > 1:
             self._divide_windows()
-        self._channel.send(
-            *(
-                Message(Kind.FRAME, number, frame)
-                for number, link in self._links.items()
-                if number in result.links
-                for frame in link.step_frames(result.links[number], self._draining)
-            )
-        )
-        if self._is_tracing:
-            for number in result.links:
-                if (link := self._links.get(number)) is not None:
-                    self._report_traced(link)
         now = self._clock()
+        due = self._output.add(result.links, now)
+        self._send_results(due)
         if now - self._last_load >= _LOAD_INTERVAL:
             self._last_load = now
-            self._announce_load(link for number, link in self._links.items() if number not in result.links)
+            self._announce_load(link for number, link in self._links.items() if number not in due)
         if now - self._last_stats >= _STATS_INTERVAL:
             self._send_stats()
             self._tell_step_time()
 
-    def _announce_started(self) -> None:
-        """Grant the credits of the prompts with which a step begins, so that others arrive while it runs. Granted after
-        it, they would miss the next step, and every other step would run with few prompt tokens.
+    def _send_results(self, results: Mapping[int, LinkResult]) -> None:
+        for number, result in results.items():
+            if (link := self._links.get(number)) is not None:
+                frames = link.step_frames(result, self._draining)
+                self._channel.send(*(Message(Kind.FRAME, number, frame) for frame in frames))
+                self._report_traced(link)
+
+    def _before_start(self) -> None:
+        """Prepare for a step with which requests start. It may be long, so held results are sent before it, and the
+        credits of its prompts are granted, so that others arrive while it runs. Granted after it, they would miss the
+        next step, and every other step would run with few prompt tokens.
         """
+        self._send_results(self._output.take(self._clock()))
         if len(self._links) > 1:
             self._divide_windows()
         self._announce_load(self._links.values())

@@ -42,6 +42,12 @@ def choose_limits(settings: ExecutorSettings, *, on_gpu: bool) -> Limits:
     )
 
 
+def output_interval(settings: ExecutorSettings, *, on_gpu: bool) -> float:
+    """Return the time between frames with results, in seconds: the setting's, or a default for the kind of device."""
+    default_ms = 0.0 if on_gpu else 10.0
+    return (default_ms if settings.output_interval_ms is None else settings.output_interval_ms) / 1e3
+
+
 def engine_config(
     settings: ExecutorSettings,
     limits: Limits,

@@ -6,11 +6,13 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from bench.virtual.executor import StepClock, VirtualExecutor
 from bench.virtual.line import VirtualEdge, VirtualScheduler
 from bench.virtual.network import Network
 from scalellm.services.common.link import token_runs
+from scalellm.services.executor.build import LoadedEngine
 from scalellm.services.executor.engine.batch import ScheduledBatch, ScheduledSequence
 from scalellm.services.executor.engine.config import EngineConfig
 from scalellm.services.executor.engine.engine import Engine
@@ -102,6 +104,10 @@ class ScriptedExecutor(VirtualExecutor):
         self._journal = journal
         self._requests: dict[tuple[int, int], str] = {}
         super().__init__(network, address, self._new_engine, lease=LEASE, watch=self._note)
+
+    def load(self, clock: StepClock) -> LoadedEngine:
+        """The next incarnation, which may hold tokens of some steps back."""
+        return replace(super().load(clock), output_interval=self._rng.choice((0.0, 0.03)))
 
     def _new_engine(self, clock: StepClock) -> Engine:
         overlaps, steps = self._rng.random() < 0.5, RandomSteps(self._rng)

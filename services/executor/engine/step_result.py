@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
 from scalellm.services.executor.engine.batch import Logprobs
@@ -70,10 +70,20 @@ class LinkResult:
             )
         )
 
+    def extend(self, later: LinkResult) -> None:
+        """Add the results of a later step."""
+        for column in fields(self):
+            getattr(self, column.name).extend(getattr(later, column.name))
+
     @property
     def has_ends(self) -> bool:
         """True if a sample or a request ended."""
         return bool(self.finished or self.samples_finished)
+
+    @property
+    def is_urgent(self) -> bool:
+        """True if there is a sample's first token or an end."""
+        return self.has_ends or 0 in self.offsets
 
     def runs(self, link: int) -> Iterator[TokenOutput]:
         """Yield the runs of new tokens, as objects."""
