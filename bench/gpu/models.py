@@ -110,12 +110,16 @@ def make_model(config: ModelConfig, form: Format, device: Device, *, max_model_l
     return dummy_model(config, runtime, seed=seed, max_model_len=max_model_len)
 
 
-def copy_to_cpu(model: CausalLM, dtype: torch.dtype, *, max_model_len: int) -> CausalLM:
-    """Return a model with the same weights on the CPU, what is quantised as it is, and ops in plain torch."""
-    runtime = ModelRuntime(Ops(), dtype, torch.device("cpu"), model.runtime.quantization)
-    copy = CausalLM(model.config, runtime, max_model_len=max_model_len)
-    for slot, source in zip(copy.weight_slots(), model.weight_slots(), strict=True):
-        for target, value in zip(slot.dests, source.dests, strict=True):
+def copy_to_cpu(model: CausalLM, dtype: torch.dtype, *, max_model_len: int, seed: int = 0) -> CausalLM:
+    """Return a model with the weights of `make_model` with this seed on the CPU, what is quantised as it is, and ops in
+    plain torch. The weights are drawn again, because the model's own may lie in the order in which Triton reads them.
+    """
+    source = model.runtime
+    plain = ModelRuntime(Ops(), source.dtype, source.device, source.quantization)
+    drawn = dummy_model(model.config, plain, seed=seed, max_model_len=max_model_len)
+    copy = CausalLM(model.config, replace(plain, dtype=dtype, device=torch.device("cpu")), max_model_len=max_model_len)
+    for slot, values in zip(copy.weight_slots(), drawn.weight_slots(), strict=True):
+        for target, value in zip(slot.dests, values.dests, strict=True):
             target.copy_(value)
     return copy
 

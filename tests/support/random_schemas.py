@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 import jsonschema
+import regex
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -117,9 +118,20 @@ def _is_date(value: object) -> bool:
     return not isinstance(value, str) or bool(date.fromisoformat(f"2000{value[4:]}"))
 
 
+def _check_pattern(
+    validator: Any, pattern: str, instance: object, schema: object
+) -> Iterator[jsonschema.ValidationError]:
+    """Check a keyword `pattern`. `jsonschema` itself uses `re`, which has no classes of Unicode such as `\\p{Lu}`."""
+    if isinstance(instance, str) and not regex.search(pattern, instance):
+        yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
+
+
+_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": _check_pattern})
+
+
 def schema_case(schema: Any) -> ShapeCase:
     """JSON of a schema, as `jsonschema` sees it."""
-    validator = jsonschema.Draft202012Validator(schema, format_checker=_FORMATS)
+    validator = _Validator(schema, format_checker=_FORMATS)
     text = json.dumps(schema)
 
     def has_shape(answer: str) -> bool:
