@@ -53,13 +53,34 @@ class CausalLM:
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]) -> Tensor:
         """Return the final hidden states `[T, H]` of the new tokens `input_ids [T]` i64; fills their cache slots."""
+        attended, residual = self._until_last_mix(input_ids, ctx, kv_caches)
+        return self._norm(self._layers[-1].mix(attended, residual), residual)
+
+    def forward_rows(
+        self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache], rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the final hidden states `[R, H]` of the rows `[R]` i64 alone, and the sums `[T, H]` that the last
+        layer gets. What the last layer does after its attention is done for these rows only.
+        """
+        attended, residual = self._until_last_mix(input_ids, ctx, kv_caches)
+        if not rows.numel():
+            return residual[:0], residual
+        attended, kept = attended.index_select(0, rows), residual.index_select(0, rows)
+        return self._norm(self._layers[-1].mix(attended, kept), kept), residual
+
+    def _until_last_mix(
+        self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the last layer's attention `[T, Hq * D]` and the residual stream `[T, H]` before it."""
         residual = self._vocabulary.embed(input_ids, scale=self._embedding_scale)
         x: ToAdd = residual
         stream = None  # nothing to add before the first layer
-        for norm, layer, kv in zip(self._input_norms, self._layers, kv_caches, strict=True):
-            x = layer(norm(x, stream, into=layer.self_attn.qkv_proj), residual, ctx, kv)
-            stream = residual
-        return self._norm(x, residual)
+        *others, last = zip(self._input_norms, self._layers, kv_caches, strict=True)
+        for norm, layer, kv in others:
+            attended = layer.self_attn.attend(norm(x, stream, into=layer.self_attn.qkv_proj), ctx, kv)
+            x, stream = layer.mix(attended, residual), residual
+        norm, layer, kv = last
+        return layer.self_attn.attend(norm(x, stream, into=layer.self_attn.qkv_proj), ctx, kv), residual
 
     def first_projection(self, x: Tensor) -> Tensor:
         """Return the queries, keys and values of the first layer for `x [T, H]`, a typical product of a step."""

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from scalellm.services.executor.model_config.config import ModelConfig
-from scalellm.services.executor.models.context import ForwardContext, KVCache
 from scalellm.services.executor.models.layers import Attention, GatedMLP, RMSNorm
-from scalellm.services.executor.models.linear import LinearInput, ToAdd
+from scalellm.services.executor.models.linear import ToAdd
 from scalellm.services.executor.models.runtime import ModelRuntime
 from scalellm.services.executor.models.weight_slot import WeightSlot
 
@@ -22,9 +21,11 @@ class Gemma3DecoderLayer:
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, runtime)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, runtime)
 
-    def __call__(self, x: LinearInput, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> ToAdd:
-        """Return what the next norm adds to `residual`; `x [T, H]` is normed already, `residual` updated in place."""
-        attended = self.post_attention_layernorm(self.self_attn(x, ctx, kv))
+    def mix(self, attended: Tensor, residual: Tensor) -> ToAdd:
+        """Return what the next norm adds to `residual [T, H]`, which is updated in place, given the attention
+        `[T, Hq * D]`.
+        """
+        attended = self.post_attention_layernorm(self.self_attn.project(attended))
         x = self.pre_feedforward_layernorm(attended, residual, into=self.mlp.gate_up_proj)
         return self.post_feedforward_layernorm(self.mlp(x))
 

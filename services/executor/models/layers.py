@@ -131,11 +131,8 @@ class Attention:
         self.k_norm = RMSNorm(config.head_dim, config, runtime) if config.qk_norm else None
         self._cos_sin_cache = cos_sin_cache
 
-    def __call__(self, x: LinearInput, ctx: ForwardContext, kv: KVCache, *, residual: Tensor | None = None) -> ToAdd:
-        """`[T, H]` -> `[T, H]`; writes the new keys and values into `kv`.
-
-        With a residual, the caller only adds the result to it, so that the addition may be done here.
-        """
+    def attend(self, x: LinearInput, ctx: ForwardContext, kv: KVCache) -> Tensor:
+        """Return the attention of all heads `[T, Hq * D]` for `x [T, H]`; writes the new keys and values into `kv`."""
         k_scale, v_scale = self.kv_scales.of(kv)
         q = self._ops.qk_norm_rope_and_cache(
             self.qkv_proj(x),
@@ -151,7 +148,13 @@ class Attention:
             k_scale=k_scale,
             v_scale=v_scale,
         )
-        attended = self._attend(q, ctx, kv).flatten(1)
+        return self._attend(q, ctx, kv).flatten(1)
+
+    def project(self, attended: Tensor, *, residual: Tensor | None = None) -> ToAdd:
+        """Return the output `[T, H]` of `attended [T, Hq * D]`.
+
+        With a residual, the caller only adds the result to it, so that the addition may be done here.
+        """
         return self.o_proj(attended) if residual is None else self.o_proj.added(attended, residual)
 
     def _attend(self, q: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
@@ -222,7 +225,7 @@ class GatedMLP:
         self.down_proj = PackedLinear(prefix, inner, {"down_proj": hidden}, bias=False, stored=stored, runtime=runtime)
 
     def __call__(self, x: LinearInput, *, residual: Tensor | None = None) -> ToAdd:
-        """`[T, H]` -> `[T, H]`; with a residual it is to be added to that alone, as in `Attention`."""
+        """`[T, H]` -> `[T, H]`; with a residual it is to be added to that alone, as in `Attention.project`."""
         inner = self.gate_up_proj.gated(x, self._gate, self._act_and_mul, self.down_proj)
         return self.down_proj(inner) if residual is None else self.down_proj.added(inner, residual)
 

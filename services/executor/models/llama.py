@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from scalellm.services.executor.model_config.config import ModelConfig
-from scalellm.services.executor.models.context import ForwardContext, KVCache
 from scalellm.services.executor.models.layers import Attention, GatedMLP, RMSNorm
-from scalellm.services.executor.models.linear import LinearInput, ToAdd
+from scalellm.services.executor.models.linear import ToAdd
 from scalellm.services.executor.models.moe import MoeMLP
 from scalellm.services.executor.models.runtime import ModelRuntime
 from scalellm.services.executor.models.weight_slot import WeightSlot
@@ -22,13 +21,15 @@ class LlamaDecoderLayer:
         self.mlp = mlp_class(config, layer, runtime)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, runtime)
 
-    def __call__(self, x: LinearInput, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> ToAdd:
-        """Return what the next norm adds to `residual`; `x [T, H]` is normed already, `residual` updated in place."""
-        attended = self.self_attn(x, ctx, kv, residual=residual)
+    def mix(self, attended: Tensor, residual: Tensor) -> ToAdd:
+        """Return what the next norm adds to `residual [T, H]`, which is updated in place, given the attention
+        `[T, Hq * D]`.
+        """
+        x = self.self_attn.project(attended, residual=residual)
         if isinstance(self.mlp, GatedMLP):
-            normed = self.post_attention_layernorm(attended, residual, into=self.mlp.gate_up_proj)
+            normed = self.post_attention_layernorm(x, residual, into=self.mlp.gate_up_proj)
             return self.mlp(normed, residual=residual)
-        return self.mlp(self.post_attention_layernorm(attended, residual))
+        return self.mlp(self.post_attention_layernorm(x, residual))
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield the slots of this layer."""

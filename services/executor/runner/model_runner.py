@@ -147,13 +147,15 @@ class ModelRunner:
         if self._is_padded(batch):
             logits, finite = self.decode(batch)
         else:
-            hidden, finite, logits, output = self._forward(batch)
+            is_narrow = self._needs_few_rows(batch)
+            rows = self._sampler.places(len(drawn))[0]
+            hidden, finite, logits, output = self._forward(batch, rows if is_narrow else None)
             for place, scheduled in enumerate(batch.sequences):
                 if scheduled.prompt_logprobs:
                     first = int(first_row[place]) - scheduled.start
                     scores[place] = score_prompt(self._model, hidden, first, scheduled, self._device)
             if drawn and logits is None:
-                logits = self._model.compute_logits(hidden[self._sampler.places(len(drawn))[0]])
+                logits = self._model.compute_logits(hidden if is_narrow else hidden[rows])
         step = InFlightStep(scores, self._device.to_host(finite), first_row, self._device.record())
         if logits is not None:
             draw = functools.partial(self._draw, step, logits, drawn, output)
@@ -207,7 +209,17 @@ class ModelRunner:
             return False
         return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
 
-    def _forward(self, batch: ScheduledBatch) -> DecodeStep:
+    def _needs_few_rows(self, batch: ScheduledBatch) -> bool:
+        """True if only the hidden states of drawn tokens are needed, and it pays to compute no others at the end.
+
+        Not on a GPU, where kernels for any number of rows would be compiled while requests wait.
+        """
+        if self._device.overlaps or batch.num_decodes == len(batch.sequences):
+            return False
+        return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
+
+    def _forward(self, batch: ScheduledBatch, rows: Tensor | None) -> DecodeStep:
+        """Run the model; with `rows [R]` the results are those of these rows, but for `finite`, which has all."""
         self._inputs.fill(batch, batch.num_decodes)
         if batch.num_decodes == len(batch.sequences):
             step = self._decodes.run(batch.num_decodes, self._inputs.decode, self._sampler.plain_draw)
@@ -216,8 +228,13 @@ class ModelRunner:
             inputs = self._inputs.decode(batch.num_decodes)
         else:
             inputs = self._inputs.mixed(batch)
-        hidden = self._model.forward(*inputs, self._kv_caches)
-        return DecodeStep(hidden, finite_rows(hidden), logits=None, drawn=None)
+        if rows is None:
+            hidden = self._model.forward(*inputs, self._kv_caches)
+            return DecodeStep(hidden, finite_rows(hidden), logits=None, drawn=None)
+        hidden, sums = self._model.forward_rows(*inputs, self._kv_caches, rows)
+        finite = finite_rows(sums)
+        finite[rows] &= finite_rows(hidden)
+        return DecodeStep(hidden, finite, logits=None, drawn=None)
 
     def _decode(self, num_rows: int) -> None:
         """Queue a padded decode step from and to fixed places."""

@@ -56,6 +56,23 @@ class PagedModel:
 
     def step(self, batch: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Feed each sequence its next tokens; return the logits `[new tokens, V]` of each."""
+        sequences, sizes, tokens, ctx = self._inputs(batch)
+        logits = self.model.compute_logits(self.model.forward(tokens, ctx, self._caches))
+        return dict(zip(sequences, logits.split(sizes), strict=True))
+
+    def step_to_last(self, batch: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Feed each sequence its next tokens; return the logits `[1, V]` of the last one of each, without computing
+        those of the others.
+        """
+        sequences, sizes, tokens, ctx = self._inputs(batch)
+        last = torch.tensor(sizes).cumsum(0) - 1
+        hidden, sums = self.model.forward_rows(tokens, ctx, self._caches, last)
+        assert hidden.shape[0] == len(sequences)
+        assert sums.shape[0] == len(tokens)
+        return dict(zip(sequences, self.model.compute_logits(hidden).split(1), strict=True))
+
+    def _inputs(self, batch: Mapping[int, Sequence[int]]) -> tuple[list[int], list[int], Tensor, ForwardContext]:
+        """Return the sequences in the order of their rows, the number of rows of each, the tokens and the context."""
         sequences = sorted(batch, key=lambda s: len(batch[s]) > 1)  # those with one new token come first
         starts = [self._lengths[s] for s in sequences]
         sizes = [len(batch[s]) for s in sequences]
@@ -75,8 +92,7 @@ class PagedModel:
             prefill=chunks if len(sizes) > D else None,
         )
         tokens = torch.tensor([token for s in sequences for token in batch[s]])
-        logits = self.model.compute_logits(self.model.forward(tokens, ctx, self._caches))
-        return dict(zip(sequences, logits.split(sizes), strict=True))
+        return sequences, sizes, tokens, ctx
 
 
 @pytest.fixture

@@ -60,3 +60,22 @@ def test_decode_beside_prefill(models: tuple[Any, Any]) -> None:
     torch.testing.assert_close(got, reference(oracle, long), atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.cat([mixed[0][2], mixed[1][2]]), reference(oracle, medium), atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.cat([first[1], mixed[0][1]]), reference(oracle, single * 2), atol=1e-4, rtol=0)
+
+
+def test_logits_of_the_last_tokens_alone(models: tuple[Any, Any]) -> None:
+    oracle, ours = models
+    long, single, medium = random_prompts(oracle.config.vocab_size)
+    first = ours.step_to_last({0: long[:40], 1: single})
+    then = ours.step_to_last({0: long[40:-1], 1: [7], 2: medium})
+    after = ours.step({0: long[-1:], 1: [8], 2: [9]})  # reads what the two have left in the cache
+    for index, got, tokens in (
+        (0, first, long[:40]),
+        (1, first, single),
+        (0, then, long[:-1]),
+        (1, then, [*single, 7]),
+        (2, then, medium),
+        (0, after, long),
+        (1, after, [*single, 7, 8]),
+        (2, after, [*medium, 9]),
+    ):
+        torch.testing.assert_close(got[index][-1], reference(oracle, tokens)[-1], atol=1e-4, rtol=0)

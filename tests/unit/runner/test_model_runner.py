@@ -244,16 +244,37 @@ def test_alternatives_stay_with_their_tokens_however_a_prompt_is_divided(model: 
     assert list(values.top_logprobs) == pytest.approx([0, 0, *best.values.flatten().tolist()], abs=1e-4)
 
 
-def test_a_sequence_with_non_finite_values_fails_alone(model: CausalLM, oracle: Oracle, device: Device) -> None:
-    sound = engine_kit.make_request(1, [4, 5, 6], max_tokens=8, **GREEDY)
-    expected = oracle(sound)
-    bad_token = next(token for token in range(10, 97) if token not in expected)
+def broken_at(model: CausalLM, bad_token: int) -> CausalLM:
+    """The model, but a token is not a number."""
     broken = CausalLM(MODEL, ModelRuntime())
     for slot, source in zip(broken.weight_slots(), model.weight_slots(), strict=True):
         slot.dest.copy_(source.dest)
         if slot.name == "model.embed_tokens.weight":
             slot.dest[bad_token] = float("nan")
-    engine = make_engine(broken, device)
+    return broken
+
+
+def test_values_that_are_not_finite_are_noticed_in_a_chunk_of_which_no_token_is_drawn(
+    model: CausalLM, device: Device
+) -> None:
+    """Else blocks with them would be shared with other requests."""
+    engine = make_engine(broken_at(model, 50), device, max_num_batched_tokens=32)
+    poison = engine_kit.make_request(0, [4] * 9 + [50] + [5] * 80, max_tokens=4, **GREEDY)
+    engine.add(poison)
+    num_steps = 0
+    finished = []
+    while not finished:
+        finished = engine.step().finished
+        num_steps += 1
+    assert [finish.status for finish in finished] == [RequestStatus.INTERNAL]
+    assert num_steps <= 1 + device.overlaps
+
+
+def test_a_sequence_with_non_finite_values_fails_alone(model: CausalLM, oracle: Oracle, device: Device) -> None:
+    sound = engine_kit.make_request(1, [4, 5, 6], max_tokens=8, **GREEDY)
+    expected = oracle(sound)
+    bad_token = next(token for token in range(10, 97) if token not in expected)
+    engine = make_engine(broken_at(model, bad_token), device)
     poison = engine_kit.make_request(0, [4, bad_token, 5], max_tokens=8, n=2, **GREEDY)
     engine.add(poison)
     engine.add(sound)

@@ -1,4 +1,4 @@
-"""Rows of a decode step that are consecutive tokens of one sequence, against a step for each of them: bit by bit."""
+"""Rows that are consecutive tokens of one sequence, against a step for each of them or for all: bit by bit."""
 
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from scalellm.services.executor.models import (
     ForwardContext,
     KVCache,
     ModelRuntime,
+    PrefillRows,
     Quantization,
     allocate_kv_caches,
     dummy_model,
@@ -49,6 +50,32 @@ def rows(model: CausalLM, caches: list[KVCache], token_ids: Tensor, start: int, 
     lens = (positions + 1).to(torch.int32)
     context = ForwardContext(positions, slots, DecodeRows(lens, table.expand(count, -1).contiguous()), prefill=None)
     return model.compute_logits(model.forward(token_ids, context, caches)).clone()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "none"])
+@torch.inference_mode()
+def test_hidden_states_of_some_rows_are_those_of_all_rows(quantization: str) -> None:
+    model = model_of(quantization)
+    count = 150
+    generator = torch.Generator().manual_seed(1)
+    token_ids = torch.randint(0, WIDE.vocab_size, (count,), generator=generator)
+    table = torch.randperm(NUM_BLOCKS, generator=generator).to(torch.int32)
+    positions = torch.arange(count)
+    slots = table[positions // PAGE].to(torch.int64) * PAGE + positions % PAGE
+    chunk = PrefillRows(torch.tensor([0, count]).int(), torch.tensor([count]).int(), table.unsqueeze(0), count)
+    context = ForwardContext(positions, slots, None, chunk)
+    caches = [
+        allocate_kv_caches(WIDE, NUM_BLOCKS, PAGE, dtype=torch.int8, device=CPU, ops=model.runtime.ops)
+        for _ in range(3)
+    ]
+    hidden = model.forward(token_ids, context, caches[0])
+    for some, cache in ((torch.tensor([3, 64, count - 1]), caches[1]), (positions[:0], caches[2])):
+        got, sums = model.forward_rows(token_ids, context, cache, some)
+        assert torch.equal(got, hidden[some])
+        assert sums.shape == hidden.shape
+        for ours, others in zip(cache, caches[0], strict=True):
+            assert torch.equal(ours.k, others.k)
+            assert torch.equal(ours.v, others.v)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8])
