@@ -107,7 +107,7 @@ class ScriptedExecutor(VirtualExecutor):
 
     def load(self, clock: StepClock) -> LoadedEngine:
         """The next incarnation, which may hold tokens of some steps back."""
-        return replace(super().load(clock), output_interval=self._rng.choice((0.0, 0.03)))
+        return replace(super().load(clock), output_interval=0.03 * (self._rng.random() < 0.5))
 
     def _new_engine(self, clock: StepClock) -> Engine:
         overlaps, steps = self._rng.random() < 0.5, RandomSteps(self._rng)
