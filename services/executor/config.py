@@ -109,9 +109,10 @@ class ExecutorSettings(LinkedSettings):
     target_itl_ms: Annotated[float, Field(gt=0)] | None = 500.0
     """While sequences decode, the sizes of prefill chunks and the number of drafts are limited so that a step takes
     about this long at most, in milliseconds."""
-    output_interval_ms: Annotated[float, Field(ge=0, le=1000)] | None = None
-    """Tokens are sent to clients at least this many milliseconds apart, those of short steps together; first and last
-    tokens are sent at once. Default: 10 on a CPU, where services and engine share the cores, and 0 on a GPU."""
+    output_interval_ms: Annotated[float, Field(ge=0, le=100)] | None = None
+    """The tokens of steps that together take less than this many milliseconds are sent to schedulers in one message.
+    First tokens and ends of answers are sent at once, with all others. Default: 10 on a CPU, where services and engine
+    share the cores, and 0 on a GPU."""
     max_engine_restarts: Annotated[int, Field(ge=0)] = 3
     """Engine crashes in a row, without a completed start in between, after which the service gives up. The loss of a
     node does not count; the service waits for it."""

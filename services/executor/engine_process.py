@@ -30,7 +30,7 @@ from scalellm.services.executor.build import LoadedEngine, build_engine
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.executor.credit_window import divide
 from scalellm.services.executor.engine import LinkResult
-from scalellm.services.executor.engine.batch import DeviceLostError
+from scalellm.services.executor.engine.batch import DeviceLostError, ScheduledBatch
 from scalellm.services.executor.engine.request import EngineRequest
 from scalellm.services.executor.engine.step_time import StepTimeModel
 from scalellm.services.executor.engine_link import EngineLink, accept_hello
@@ -177,7 +177,7 @@ class EngineLoop:
             self._announce_load(self._divide_windows())
 
     def _step(self) -> None:
-        result = self._engine.step(self._before_start)
+        result = self._engine.step(self._before_launch)
         if result.error is not None and self._log_limit.admit() is not None:
             _log.error("a step failed, the cause is looked for among its requests", exc_info=result.error)
         for request in result.culprits:
@@ -191,8 +191,11 @@ class EngineLoop:
             self._divide_windows()
         now = self._clock()
         due = self._output.add(result.links, now)
+        is_load_due = now - self._last_load >= _LOAD_INTERVAL
+        if is_load_due and not due:
+            due = self._output.take(now)
         self._send_results(due)
-        if now - self._last_load >= _LOAD_INTERVAL:
+        if is_load_due:
             self._last_load = now
             self._announce_load(link for number, link in self._links.items() if number not in due)
         if now - self._last_stats >= _STATS_INTERVAL:
@@ -200,21 +203,31 @@ class EngineLoop:
             self._tell_step_time()
 
     def _send_results(self, results: Mapping[int, LinkResult]) -> None:
-        for number, result in results.items():
-            if (link := self._links.get(number)) is not None:
-                frames = link.step_frames(result, self._draining)
-                self._channel.send(*(Message(Kind.FRAME, number, frame) for frame in frames))
-                self._report_traced(link)
+        """Send results, by link, with the loads of their links."""
+        links = [link for number, link in self._links.items() if number in results]
+        self._channel.send(
+            *(
+                Message(Kind.FRAME, link.link, frame)
+                for link in links
+                for frame in link.step_frames(results[link.link], self._draining)
+            )
+        )
+        for link in links:
+            self._report_traced(link)
 
-    def _before_start(self) -> None:
-        """Prepare for a step with which requests start. It may be long, so held results are sent before it, and the
-        credits of its prompts are granted, so that others arrive while it runs. Granted after it, they would miss the
-        next step, and every other step would run with few prompt tokens.
+    def _before_launch(self, batch: ScheduledBatch) -> None:
+        """Prepare for a step. If it computes prompts it may be long, so held results are sent before it. If requests
+        start with it, the credits of their prompts are granted, so that others arrive while it runs: granted after it,
+        they would miss the next step, and every other step would run with few prompt tokens.
         """
-        self._send_results(self._output.take(self._clock()))
-        if len(self._links) > 1:
+        if not (batch.num_prefill_tokens or batch.has_swaps):
+            return
+        if batch.started and len(self._links) > 1:
             self._divide_windows()
-        self._announce_load(self._links.values())
+        held = self._output.take()
+        self._send_results(held)
+        if batch.started:
+            self._announce_load(link for number, link in self._links.items() if number not in held)
 
     def _tell_step_time(self) -> None:
         line = self._engine.step_time()

@@ -1,4 +1,4 @@
-"""The results of steps on their way to the links: sent at once, or those of a few short steps together."""
+"""Decides when the results of steps are sent to the links: at once, or those of a few short steps together."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from collections.abc import Mapping
 
 from scalellm.services.executor.engine import LinkResult
 
+_LONG_AGO = float("-inf")
+
 
 class PacedOutput:
-    """Holds tokens back until the last results are `interval` old, so that the tokens of short steps are sent together.
+    """Holds results back until `interval` has passed since results were last sent, so that the tokens of short steps
+    are sent together.
 
-    A frame costs about a millisecond of CPU time in the services and the client, whatever the number of its tokens, and
-    on a CPU they compute on the cores on which the engine computes.
+    A frame costs the services and the client about a millisecond of CPU time, whatever the number of its tokens, and
+    beside an engine on a CPU they have to take that from the engine's cores.
 
-    What a client waits for is never held back: first tokens and ends are sent at once, with what was held.
+    First tokens and ends are not held back: they are sent at once, with all results that were held.
 
     Args:
-        interval: Seconds; 0 = everything is sent at once.
+        interval: Seconds; 0 = all results are sent at once.
     """
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
         self._held: dict[int, LinkResult] = {}
-        self._last = float("-inf")
+        self._last = _LONG_AGO
 
     def add(self, results: Mapping[int, LinkResult], now: float) -> Mapping[int, LinkResult]:
         """Add the results of a step, by link.
@@ -32,19 +35,23 @@ class PacedOutput:
             now: Time at which the step ended, in seconds.
 
         Returns:
-            The results that are to be sent now, by link. Empty: they are held, or there are none.
+            The results to send now, by link. Empty: they are held, or there are none.
         """
         for link, result in results.items():
             if (held := self._held.get(link)) is None:
                 self._held[link] = result
             else:
                 held.extend(result)
-        is_due = now - self._last >= self._interval or any(result.is_urgent for result in results.values())
-        return self.take(now) if is_due else {}
+        is_urgent = any(result.has_first or result.has_ends for result in results.values())
+        if not is_urgent and now - self._last < self._interval:
+            return {}
+        return self.take(now)
 
-    def take(self, now: float) -> Mapping[int, LinkResult]:
-        """Return the results that were held, which are to be sent now, by link."""
+    def take(self, now: float = _LONG_AGO) -> Mapping[int, LinkResult]:
+        """Return the held results, by link, to send them at the time `now`. Without a time, the next results are not
+        held back because of these.
+        """
         held, self._held = self._held, {}
-        if held:
+        if held or now == _LONG_AGO:
             self._last = now
         return held

@@ -173,9 +173,9 @@ class Engine:
         is_held = len(self._compiling) == len(self._books) or self._scheduler.is_held_by_masks
         return is_held and len(self._books) > 0 and not (self._pipeline or self._result.has_ends)
 
-    def step(self, on_started: Callable[[], None] = lambda: None) -> StepResult:
+    def step(self, before_launch: Callable[[ScheduledBatch], None] = lambda batch: None) -> StepResult:
         """Launch a step, process the due one, and return all results since the last call. Raises DeviceLostError.
-        `on_started` is called before the launch of a step with which requests leave the waiting queue.
+        `before_launch` is called with the batch of the step.
         """
         started = self._clock()
         for group in self._books.expired(started):
@@ -195,9 +195,8 @@ class Engine:
                     self._scheduler.roll_back(group, started)
             batch = self._schedule(started)
         num_ahead = 0
-        if batch.started:
-            on_started()
         if batch.sequences or batch.has_swaps:
+            before_launch(batch)
             self._counts.steps += 1
             num_ahead = int(self._pipeline.launch(batch, started))
         while len(self._pipeline) > num_ahead:

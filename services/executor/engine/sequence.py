@@ -208,6 +208,11 @@ class SequenceGroup:
         self._first_scheduled_at = now
         self.cached_tokens = min(cached_tokens, self.num_prompt_tokens)
 
+    @property
+    def has_new_tokens(self) -> bool:
+        """True if a sample has got a token here."""
+        return self._first_token_at is not None
+
     def mark_token(self, now: float) -> None:
         """Record the time of a sample's new token."""
         if self._first_token_at is None:

@@ -58,15 +58,22 @@ class CausalLM:
 
     def forward_rows(
         self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache], rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the final hidden states `[R, H]` of the rows `[R]` i64 alone, and the sums `[T, H]` that the last
-        layer gets. What the last layer does after its attention is done for these rows only.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the output projection and MLP of the last layer, and the final norm, for some rows only.
+
+        Args:
+            input_ids: As `forward` takes them, like `ctx` and `kv_caches`.
+            rows: `[R]` i64.
+
+        Returns:
+            The final hidden states `[R, H]` of these rows, and of all rows the last layer's attention `[T, Hq * D]` and
+            the residual stream `[T, H]` before it.
         """
         attended, residual = self._until_last_mix(input_ids, ctx, kv_caches)
         if not rows.numel():
-            return residual[:0], residual
-        attended, kept = attended.index_select(0, rows), residual.index_select(0, rows)
-        return self._norm(self._layers[-1].mix(attended, kept), kept), residual
+            return residual[:0], attended, residual
+        kept = residual.index_select(0, rows)
+        return self._norm(self._layers[-1].mix(attended.index_select(0, rows), kept), kept), attended, residual
 
     def _until_last_mix(
         self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]

@@ -22,8 +22,9 @@ class Gemma3DecoderLayer:
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, runtime)
 
     def mix(self, attended: Tensor, residual: Tensor) -> ToAdd:
-        """Return what the next norm adds to `residual [T, H]`, which is updated in place, given the attention
-        `[T, Hq * D]`.
+        """Apply what comes after the attention `[T, Hq * D]`: its output projection and the MLP.
+
+        Returns what the next norm adds to `residual [T, H]`, which is updated in place.
         """
         attended = self.post_attention_layernorm(self.self_attn.project(attended))
         x = self.pre_feedforward_layernorm(attended, residual, into=self.mlp.gate_up_proj)

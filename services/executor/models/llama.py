@@ -22,8 +22,9 @@ class LlamaDecoderLayer:
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, runtime)
 
     def mix(self, attended: Tensor, residual: Tensor) -> ToAdd:
-        """Return what the next norm adds to `residual [T, H]`, which is updated in place, given the attention
-        `[T, Hq * D]`.
+        """Apply what comes after the attention `[T, Hq * D]`: its output projection and the MLP.
+
+        Returns what the next norm adds to `residual [T, H]`, which is updated in place.
         """
         x = self.self_attn.project(attended, residual=residual)
         if isinstance(self.mlp, GatedMLP):

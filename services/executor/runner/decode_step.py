@@ -1,4 +1,4 @@
-"""Results of a decode step."""
+"""Results of a step of the model."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,11 @@ from scalellm.kernels import SampleOutput
 
 
 class DecodeStep(NamedTuple):
-    """Results of a step, valid until the next: hidden states `[D, H]`, whether each is finite, logits, tokens.
+    """Results of a step, valid until the next: hidden states `[R, H]`, whether each row is finite, logits, tokens.
 
-    The logits `[D, V]` f32, and what was drawn from them, are None where the step did not compute them.
+    The rows are those of the decodes, or in a step with prompts all `T` tokens or the R ones from which tokens are
+    drawn; `finite` always has all rows. The logits `[R, V]` f32, and the tokens drawn from them, are None where the
+    step did not compute them.
     """
 
     hidden: Tensor

@@ -210,9 +210,10 @@ class ModelRunner:
         return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
 
     def _needs_few_rows(self, batch: ScheduledBatch) -> bool:
-        """True if only the hidden states of drawn tokens are needed, and it pays to compute no others at the end.
+        """True if hidden states are needed only of rows from which tokens are drawn, so that the end of the last layer
+        is computed for these alone.
 
-        Not on a GPU, where kernels for any number of rows would be compiled while requests wait.
+        False on a GPU, where kernels for any number of rows would be compiled while requests wait.
         """
         if self._device.overlaps or batch.num_decodes == len(batch.sequences):
             return False
@@ -231,8 +232,8 @@ class ModelRunner:
         if rows is None:
             hidden = self._model.forward(*inputs, self._kv_caches)
             return DecodeStep(hidden, finite_rows(hidden), logits=None, drawn=None)
-        hidden, sums = self._model.forward_rows(*inputs, self._kv_caches, rows)
-        finite = finite_rows(sums)
+        hidden, attended, residual = self._model.forward_rows(*inputs, self._kv_caches, rows)
+        finite = finite_rows(attended) & finite_rows(residual)
         finite[rows] &= finite_rows(hidden)
         return DecodeStep(hidden, finite, logits=None, drawn=None)
 

@@ -14,6 +14,7 @@ from scalellm.services.common.link import API_MINOR
 from scalellm.services.executor.build import LoadedEngine
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.executor.engine import Engine, LinkResult
+from scalellm.services.executor.engine.request import ResumedSample
 from scalellm.services.executor.engine_process import EngineLoop
 from scalellm.services.executor.ipc import EngineChannel, Kind, Message
 from scalellm.services.executor.limits import output_interval
@@ -26,9 +27,8 @@ HELLO = link_pb2.ClientFrame(hello=link_pb2.Hello(api_minor=API_MINOR)).Serializ
 def tokens(offset: int, *handles: int) -> LinkResult:
     """The results of a step: token `100 * handle + offset` of each request."""
     count = len(handles)
-    return LinkResult(
-        list(handles), [0] * count, [offset] * count, [1] * count, [100 * handle + offset for handle in handles]
-    )
+    columns = list(handles), [0] * count, [offset] * count, [1] * count
+    return LinkResult(*columns, [100 * handle + offset for handle in handles], has_first=offset == 0)
 
 
 def submit(handle: int, max_tokens: int, prompt: tuple[int, ...] = (1, 2, 3)) -> Message:
@@ -38,7 +38,7 @@ def submit(handle: int, max_tokens: int, prompt: tuple[int, ...] = (1, 2, 3)) ->
 
 
 class Served:
-    """What a loop sent: (time, frame), and the tokens by request."""
+    """Frames that a loop sent, as (time, frame), and the tokens that they had, by request."""
 
     def __init__(self, arrivals: dict[int, Message], seconds: list[float], interval: float) -> None:
         """Run a loop whose steps take the given times in turn; `arrivals` come while the step of that number runs."""
@@ -98,8 +98,15 @@ def test_tokens_of_short_steps_come_together_but_for_the_first_and_the_last() ->
     assert held.finished == at_once.finished == [1]
 
 
-def test_what_is_held_is_sent_before_a_step_in_which_a_request_starts() -> None:
-    """Such a step computes a prompt and may take long."""
+def test_no_frames_have_only_a_load_while_tokens_are_held() -> None:
+    """Frames are what holding back saves. A load is due every tenth of a second."""
+    served = Served({0: submit(1, 55)}, [0.004], 0.010)
+    assert served.steps[-1][0] > 0.2
+    assert len(served.frames) == len(served.with_tokens) + 1  # credits, before the first step
+
+
+def test_held_results_are_sent_before_a_step_that_computes_a_prompt() -> None:
+    """Such a step may take long."""
     served = Served({0: submit(1, 20), 3: submit(2, 5)}, [0.001, 0.001, 0.001, 5.0, 0.001], 1.0)
     ends = [time for time, _ in served.steps]
     assert served.steps[3][1] == 3
@@ -147,6 +154,36 @@ def test_results_are_held_by_link_and_come_together() -> None:
     joined = LinkResult([7, 7, 8], [0, 0, 0], [4, 5, 5], [1, 1, 1], [704, 705, 805])
     assert both == {1: joined, 2: tokens(9, 5)}
     assert output.take(0.013) == {}
+
+
+def test_first_tokens_are_sent_with_all_that_is_held() -> None:
+    output = PacedOutput(0.010)
+    output.add({1: tokens(3, 7)}, 0.0)
+    output.add({2: tokens(4, 5)}, 0.001)
+    assert output.add({1: tokens(0, 9)}, 0.002).keys() == {1, 2}
+
+
+def test_results_after_those_that_were_taken_before_a_long_step_are_not_held() -> None:
+    """On a GPU they are those of the short step before it, and come while the long one runs."""
+    output = PacedOutput(0.010)
+    output.add({1: tokens(3, 7)}, 0.0)
+    output.add({1: tokens(4, 7)}, 0.001)
+    assert output.take() == {1: tokens(4, 7)}
+    assert output.add({1: tokens(5, 7)}, 0.002) == {1: tokens(5, 7)}
+
+
+@pytest.mark.parametrize("resumed", [0, 3])
+def test_the_first_token_of_a_request_is_known_also_if_it_was_resumed(resumed: int) -> None:
+    config = engine_kit.make_config()
+    engine = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
+    tokens_before = [7, 8, 9][:resumed]
+    request = engine_kit.make_request(
+        1, [4, 5], max_tokens=8, ignore_eos=True, resumed=(ResumedSample(0, tuple(tokens_before), None),)
+    )
+    engine.add(request)
+    results = [engine.step().links[0] for _ in range(3)]
+    assert [result.offsets for result in results] == [[resumed], [resumed + 1], [resumed + 2]]
+    assert [result.has_first for result in results] == [True, False, False]
 
 
 def test_a_step_without_results_sends_what_has_become_due() -> None:

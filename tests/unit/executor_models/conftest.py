@@ -66,9 +66,9 @@ class PagedModel:
         """
         sequences, sizes, tokens, ctx = self._inputs(batch)
         last = torch.tensor(sizes).cumsum(0) - 1
-        hidden, sums = self.model.forward_rows(tokens, ctx, self._caches, last)
+        hidden, attended, residual = self.model.forward_rows(tokens, ctx, self._caches, last)
         assert hidden.shape[0] == len(sequences)
-        assert sums.shape[0] == len(tokens)
+        assert attended.shape[0] == residual.shape[0] == len(tokens)
         return dict(zip(sequences, self.model.compute_logits(hidden).split(1), strict=True))
 
     def _inputs(self, batch: Mapping[int, Sequence[int]]) -> tuple[list[int], list[int], Tensor, ForwardContext]:

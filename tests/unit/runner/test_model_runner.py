@@ -244,21 +244,25 @@ def test_alternatives_stay_with_their_tokens_however_a_prompt_is_divided(model: 
     assert list(values.top_logprobs) == pytest.approx([0, 0, *best.values.flatten().tolist()], abs=1e-4)
 
 
-def broken_at(model: CausalLM, bad_token: int) -> CausalLM:
-    """The model, but a token is not a number."""
+def broken_at(model: CausalLM, bad_row: int, name: str = "model.embed_tokens.weight") -> CausalLM:
+    """The model, but a row of a weight is not a number: a token, or a number of all values."""
     broken = CausalLM(MODEL, ModelRuntime())
     for slot, source in zip(broken.weight_slots(), model.weight_slots(), strict=True):
         slot.dest.copy_(source.dest)
-        if slot.name == "model.embed_tokens.weight":
-            slot.dest[bad_token] = float("nan")
+        if slot.name == name:
+            slot.dest[bad_row] = float("nan")
     return broken
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("model.embed_tokens.weight", 50), (f"model.layers.{MODEL.num_layers - 1}.self_attn.v_proj.weight", 0)],
+)
 def test_values_that_are_not_finite_are_noticed_in_a_chunk_of_which_no_token_is_drawn(
-    model: CausalLM, device: Device
+    model: CausalLM, device: Device, name: str, row: int
 ) -> None:
     """Else blocks with them would be shared with other requests."""
-    engine = make_engine(broken_at(model, 50), device, max_num_batched_tokens=32)
+    engine = make_engine(broken_at(model, row, name), device, max_num_batched_tokens=32)
     poison = engine_kit.make_request(0, [4] * 9 + [50] + [5] * 80, max_tokens=4, **GREEDY)
     engine.add(poison)
     num_steps = 0

@@ -70,9 +70,10 @@ def test_hidden_states_of_some_rows_are_those_of_all_rows(quantization: str) -> 
     ]
     hidden = model.forward(token_ids, context, caches[0])
     for some, cache in ((torch.tensor([3, 64, count - 1]), caches[1]), (positions[:0], caches[2])):
-        got, sums = model.forward_rows(token_ids, context, cache, some)
+        got, attended, residual = model.forward_rows(token_ids, context, cache, some)
         assert torch.equal(got, hidden[some])
-        assert sums.shape == hidden.shape
+        assert residual.shape == hidden.shape
+        assert attended.shape == (count, WIDE.num_heads * WIDE.head_dim)
         for ours, others in zip(cache, caches[0], strict=True):
             assert torch.equal(ours.k, others.k)
             assert torch.equal(ours.v, others.v)
