@@ -122,8 +122,8 @@ class ServerLink:
 
     async def _read(self, frames: AsyncIterator[bytes], on_frame: Callable[[bytes], None]) -> None:
         async for frame in frames:
-            if self._closed:
-                return
+            if self._closed:  # the pending frames are still to be written, so the link does not end here
+                continue
             self._traffic.on_received(frame)
             self._num_received += 1
             if not self._is_count(frame):

@@ -54,6 +54,24 @@ async def test_what_waited_for_a_slow_reader_leaves_merged_and_never_too_large_f
     assert steps[-1].seq == sent[-1]
 
 
+async def test_frames_that_a_client_sends_to_a_closing_link_do_not_cut_off_its_last_frames() -> None:
+    link, reader, transport = ServerLink(), SlowReader(), Transport()
+    taken_in: list[bytes] = []
+    serving = asyncio.create_task(link.run(b"", transport.read(), reader, taken_in.append))
+    link.send(step_frame(1))
+    await settle()
+    link.send(step_frame(2))  # waits for the slow reader
+    link.close()
+    transport.frames.put_nowait(link_pb2.ClientFrame(renewal=link_pb2.Renewal()).SerializeToString())
+    await settle()
+    assert not serving.done()
+    reader.goes_on.set()
+    await asyncio.wait_for(serving, PATIENCE)
+    steps = [link_pb2.ServerFrame.FromString(message).step for message in reader.messages[1:]]
+    assert [handle for step in steps for handle in step.handles] == [1, 2]
+    assert not taken_in
+
+
 def step_frame(number: int) -> bytes:
     step = link_pb2.StepOutput(handles=[number], token_ids=[7], seq=number)
     return link_pb2.ServerFrame(step=step).SerializeToString()
