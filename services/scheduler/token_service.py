@@ -111,8 +111,8 @@ class TokenService:
         """
         if len(self._active) < 2:
             return False
-        most = max(account.rows_per_weight() for account in self._active.values())
-        return self._active[request.tenant].rows_per_weight(request.num_rows) <= most
+        rows = self._active[request.tenant].rows_per_weight(request.num_rows)
+        return any(account.rows_per_weight() >= rows for account in self._active.values())
 
     def on_dispatch(self, request: Request, *, is_first: bool) -> None:
         """Count the rows of a dispatched request, and at the first dispatch its prompt tokens."""
