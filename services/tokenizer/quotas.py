@@ -74,6 +74,10 @@ class Lease:
             self._reserved = 0
             raise
 
+    def go_on(self, tokens: int) -> None:
+        """Tell that `tokens` tokens of the request were charged already, by the worker from which it was taken over."""
+        self._reserved = tokens
+
     def end(self, tokens: int) -> None:
         """End the request, which has used `tokens` tokens; the rest of its reservation is given back."""
         self._quotas._end(self._account, tokens - self._reserved)

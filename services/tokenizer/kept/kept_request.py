@@ -283,9 +283,13 @@ class KeptRequest:
 
     def _end_lease(self) -> None:
         if self._lease is not None:
-            num_used = len(self.head.submit.token_ids) + self.transcript.num_tokens if not self.was_refused else 0
-            self._lease.end(num_used)
+            self._lease.end(self._num_used)
             self._lease = None
+
+    @property
+    def _num_used(self) -> int:
+        """Tokens of the prompt and the answer so far; 0 for a refused request."""
+        return 0 if self.was_refused else len(self.head.submit.token_ids) + self.transcript.num_tokens
 
     async def _follow_elsewhere(self) -> None:
         """Read the journal until the request has ended, or this worker has taken it over."""
@@ -329,6 +333,8 @@ class KeptRequest:
                 self._lease = await self.edge.quotas.admit(self.tenant, priority)
             except StatusError:
                 pass  # it was admitted before, and its old worker may still hold that lease
+            if self._lease is not None:
+                self._lease.go_on(self._num_used)
         _log.info("request %s goes on here after %d tokens", self.head.request_id, self.transcript.num_tokens)
 
     async def _own(self) -> None:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import NoReturn
-from unittest.mock import AsyncMock, MagicMock
+from unittest.mock import MagicMock
 
 import grpc
 import pytest
 from redis import Redis
 
-from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.api_keys import Tenant, TenantLimits
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.redis_client import open_redis
 from scalellm.services.tokenizer.kept import run
 from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Written
 from scalellm.services.tokenizer.kept.kept_request import KeptRequest
 from scalellm.services.tokenizer.kept.transcript import Transcript
+from scalellm.services.tokenizer.quotas import TenantQuotas
 from scalellm.services.tokenizer.token_receiver import TokenBatch
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from service_processes import PATIENCE, RedisProcess
 
-TENANT = Tenant("acme")
+TENANT = Tenant("acme", TenantLimits(tokens_per_minute=1000))
 HEAD = "scalellm:request:{acme}:r"
 
 
@@ -65,10 +65,8 @@ async def test_a_worker_that_takes_its_request_back_leaves_no_gap(
         kept.transcript.add(TokenBatch(0, [17, 18]))
         raise StatusError.unavailable("the service is shutting down")
 
-    edge = MagicMock(
-        schedulers=FakeSchedulers(lose_it, shut_down),
-        quotas=SimpleNamespace(admit=AsyncMock(return_value=None)),
-    )
+    quotas = TenantQuotas(None, "worker")
+    edge = MagicMock(schedulers=FakeSchedulers(lose_it, shut_down), quotas=quotas)
     monkeypatch.setattr(run, "make_samples", lambda *_: [MagicMock()])
     kept = KeptRequest(edge, journal, asyncio.Lock(), TENANT, head)
     ended = asyncio.Event()
@@ -76,6 +74,9 @@ async def test_a_worker_that_takes_its_request_back_leaves_no_gap(
         kept.start(lambda kept: ended.set())
         await asyncio.wait_for(ended.wait(), PATIENCE)
     assert edge.metrics.taken_over.inc.call_count == 2
+    # Two tokens of the prompt and ten of the answer were charged to the dead worker, the other nine here.
+    (account,) = quotas._accounts.values()
+    assert account.unreported_tokens == 9
 
     reading = await dead.read(TENANT, "r")
     assert reading is not None
