@@ -208,13 +208,17 @@ async def test_an_executor_crashes_mid_stream(stack: ComposeStack, figures: list
     await wait_ready_executors(stack, 2)
     victim = (await asyncio.to_thread(stack.containers, "executor"))[0]
     async with channel(stack) as own:
-        streams = [asyncio.create_task(generate(own, request(number, 160), timeout=180)) for number in range(8)]
-        await asyncio.sleep(3)
+        answers = [Answer() for _ in range(8)]
+        calls = [generate(own, request(n, 800), answer=answer, timeout=180) for n, answer in enumerate(answers)]
+        streams = [asyncio.create_task(call) for call in calls]
+        async with asyncio.timeout(60):
+            while not all(answer.token_ids[0] for answer in answers):
+                await asyncio.sleep(0.02)
         assert not any(stream.done() for stream in streams)
         await asyncio.to_thread(crash, victim)
-        answers = await asyncio.gather(*streams)
+        await asyncio.gather(*streams)
     assert [(answer.code, answer.details) for answer in answers] == [(OK, "")] * 8
-    assert all(len(answer.token_ids[0]) == 160 for answer in answers)
+    assert all(len(answer.token_ids[0]) == 800 for answer in answers)
     moved = [answer.finished.latency.failover_ns for answer in answers if answer.finished.latency.failover_ns]
     assert moved
     figures.append(f"executor killed: {len(moved)} of 8 streams moved, a pause of {max(moved) / 1e9:.1f} s at most")
