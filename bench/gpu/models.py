@@ -102,21 +102,21 @@ def weight_bytes(config: ModelConfig, form: Format) -> int:
     return CausalLM(config, meta, max_model_len=16).num_bytes()
 
 
-def make_model(config: ModelConfig, form: Format, device: Device, *, max_model_len: int, seed: int = 0) -> CausalLM:
+def make_model(config: ModelConfig, form: Format, device: Device, *, max_model_len: int) -> CausalLM:
     """Return the model on the device, through the ops chosen for it."""
     launch = Launch(device.capability)
     ops = select_ops(device.capability, dtype=torch.bfloat16, kv_cache_dtype=form.cache_dtype, launch=launch)
     runtime = ModelRuntime(ops, torch.bfloat16, device.target, form.quantization)
-    return dummy_model(config, runtime, seed=seed, max_model_len=max_model_len)
+    return dummy_model(config, runtime, max_model_len=max_model_len)
 
 
-def copy_to_cpu(model: CausalLM, dtype: torch.dtype, *, max_model_len: int, seed: int = 0) -> CausalLM:
-    """Return a model with the weights of `make_model` with this seed on the CPU, what is quantised as it is, and ops in
+def copy_to_cpu(model: CausalLM, dtype: torch.dtype, *, max_model_len: int) -> CausalLM:
+    """Return a model with the weights that `make_model` draws on the CPU, what is quantised as it is, and ops in
     plain torch. The weights are drawn again, because the model's own may lie in the order in which Triton reads them.
     """
     source = model.runtime
     plain = ModelRuntime(Ops(), source.dtype, source.device, source.quantization)
-    drawn = dummy_model(model.config, plain, seed=seed, max_model_len=max_model_len)
+    drawn = dummy_model(model.config, plain, max_model_len=max_model_len)
     copy = CausalLM(model.config, replace(plain, dtype=dtype, device=torch.device("cpu")), max_model_len=max_model_len)
     for slot, values in zip(copy.weight_slots(), drawn.weight_slots(), strict=True):
         for target, value in zip(slot.dests, values.dests, strict=True):

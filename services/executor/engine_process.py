@@ -190,7 +190,7 @@ class EngineLoop:
         if len(self._links) > 1:
             self._divide_windows()
         now = self._clock()
-        due = self._output.add(result.links, now)
+        due = self._output.add(result, now)
         is_load_due = now - self._last_load >= _LOAD_INTERVAL
         if is_load_due and not due:
             due = self._output.take(now)

@@ -93,6 +93,8 @@ class EngineChannel:
 
     def send(self, *messages: Message) -> None:
         """Write messages, waiting while the other end is busy. Raises EOFError if it is gone."""
+        if not messages:
+            return
         try:
             self._connection.sendall(b"".join(message.encode() for message in messages))
         except ConnectionError:

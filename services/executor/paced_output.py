@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scalellm.services.executor.engine import LinkResult
+from scalellm.services.executor.engine import LinkResult, StepResult
 
 _LONG_AGO = float("-inf")
 
@@ -27,22 +27,22 @@ class PacedOutput:
         self._held: dict[int, LinkResult] = {}
         self._last = _LONG_AGO
 
-    def add(self, results: Mapping[int, LinkResult], now: float) -> Mapping[int, LinkResult]:
-        """Add the results of a step, by link.
+    def add(self, result: StepResult, now: float) -> Mapping[int, LinkResult]:
+        """Add the results of a step.
 
         Args:
-            results: The results; not changed after this by the caller.
+            result: The results; not changed after this by the caller.
             now: Time at which the step ended, in seconds.
 
         Returns:
             The results to send now, by link. Empty: they are held, or there are none.
         """
-        for link, result in results.items():
+        for link, part in result.links.items():
             if (held := self._held.get(link)) is None:
-                self._held[link] = result
+                self._held[link] = part
             else:
-                held.extend(result)
-        is_urgent = any(result.has_first or result.has_ends for result in results.values())
+                held.extend(part)
+        is_urgent = result.has_first or result.has_ends
         if not is_urgent and now - self._last < self._interval:
             return {}
         return self.take(now)

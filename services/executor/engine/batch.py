@@ -75,6 +75,16 @@ class ScheduledBatch:
         return self.num_tokens - self.num_decodes
 
     @property
+    def has_only_decodes(self) -> bool:
+        """True if no chunks of prompts are computed."""
+        return self.num_decodes == len(self.sequences)
+
+    @property
+    def scores_prompts(self) -> bool:
+        """True if log-probabilities of prompt tokens are asked for."""
+        return any(scheduled.prompt_logprobs for scheduled in self.sequences)
+
+    @property
     def draws_late(self) -> bool:
         """True if a grammar's mask depends on a token that is only on the device yet, so that drawing has to wait for
         it.

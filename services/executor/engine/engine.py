@@ -328,6 +328,7 @@ class Engine:
 
     def _append_token(self, seq: Sequence, draw: int, sampled: SampledBatch, now: float) -> None:
         token_id = sampled.token_ids[draw]
+        self._result.has_first |= seq.num_output_tokens == 0 or not seq.group.has_new_tokens
         self._result_of(seq.group).add_token(seq, token_id, sampled.logprobs.get(draw))
         self._counts.generated_tokens += 1
         seq.token_ids.append(token_id)

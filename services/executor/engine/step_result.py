@@ -25,8 +25,7 @@ class LinkResult:
     New tokens are kept as columns, like in the link's frame, because an object per token took most of the time between
     a step and its frame. Run `i` consists of `counts[i]` tokens of the sample `indices[i]` of the request `handles[i]`,
     which had `offsets[i]` tokens before it; `token_ids` are the tokens of all runs, concatenated. `logprobs` has an
-    entry per run of the requests that asked for them. `has_first` is True if the first token of a sample, or of a
-    request that was resumed here, is among the tokens.
+    entry per run of the requests that asked for them.
     """
 
     handles: list[int] = field(default_factory=list)
@@ -38,7 +37,6 @@ class LinkResult:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     samples_finished: list[SampleFinish] = field(default_factory=list)
     finished: list[RequestFinish] = field(default_factory=list)
-    has_first: bool = False
 
     def add_token(self, seq: Sequence, token_id: int, logprobs: Logprobs | None) -> None:
         """Add the next token of a sample, to the last run if that belongs to the same sample."""
@@ -54,7 +52,6 @@ class LinkResult:
                 num_top = seq.group.request.sampling.logprobs or 0
                 self.logprobs.append(TokenLogprobs(key, seq.index, seq.num_output_tokens, [], [], num_top))
         self.token_ids.append(token_id)
-        self.has_first |= seq.num_output_tokens == 0 or not seq.group.has_new_tokens
         if logprobs is not None:
             self.logprobs[-1].logprobs.append(logprobs.logprob)
             self.logprobs[-1].top_logprobs.append(logprobs.top)
@@ -76,9 +73,7 @@ class LinkResult:
     def extend(self, later: LinkResult) -> None:
         """Add the results of a later step."""
         for column in fields(self):
-            if column.name != "has_first":
-                getattr(self, column.name).extend(getattr(later, column.name))
-        self.has_first |= later.has_first
+            getattr(self, column.name).extend(getattr(later, column.name))
 
     @property
     def has_ends(self) -> bool:
@@ -106,7 +101,8 @@ class LinkResult:
 @dataclass(slots=True)
 class StepResult:
     """The results since the last step, by link. `error` is the runner's exception, for the caller to log, and
-    `culprits` are the requests that ended because of it.
+    `culprits` are the requests that ended because of it. `has_first` is True if the first token of a sample, or of a
+    request that was resumed here, is among the tokens.
 
     The properties are the results of all links together, for programs that have only one link.
     """
@@ -114,6 +110,7 @@ class StepResult:
     links: defaultdict[int, LinkResult] = field(default_factory=lambda: defaultdict(LinkResult))
     error: Exception | None = None
     culprits: list[EngineRequest] = field(default_factory=list)
+    has_first: bool = False
 
     @property
     def has_ends(self) -> bool:

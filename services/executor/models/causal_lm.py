@@ -82,12 +82,11 @@ class CausalLM:
         residual = self._vocabulary.embed(input_ids, scale=self._embedding_scale)
         x: ToAdd = residual
         stream = None  # nothing to add before the first layer
-        *others, last = zip(self._input_norms, self._layers, kv_caches, strict=True)
-        for norm, layer, kv in others:
+        for norm, layer, kv in zip(self._input_norms, self._layers, kv_caches, strict=True):
             attended = layer.self_attn.attend(norm(x, stream, into=layer.self_attn.qkv_proj), ctx, kv)
-            x, stream = layer.mix(attended, residual), residual
-        norm, layer, kv = last
-        return layer.self_attn.attend(norm(x, stream, into=layer.self_attn.qkv_proj), ctx, kv), residual
+            if layer is not self._layers[-1]:
+                x, stream = layer.mix(attended, residual), residual
+        return attended, residual
 
     def first_projection(self, x: Tensor) -> Tensor:
         """Return the queries, keys and values of the first layer for `x [T, H]`, a typical product of a step."""

@@ -131,7 +131,7 @@ class ModelRunner:
         for scheduled in batch.sequences:
             if scheduled.first_new_block == 0:
                 self._sampler.set_row(scheduled.seq)
-        if batch.num_decodes == len(batch.sequences):
+        if batch.has_only_decodes:
             first_row, drawn = self._row_numbers[: len(batch.sequences) + 1], batch.sequences
             self._sampler.fill(drawn, first_row[:-1])
         else:
@@ -205,9 +205,7 @@ class ModelRunner:
         return self._logits[:D], self._finite[:D]
 
     def _is_padded(self, batch: ScheduledBatch) -> bool:
-        if not self._device.overlaps or batch.num_decodes < len(batch.sequences):
-            return False
-        return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
+        return self._device.overlaps and batch.has_only_decodes and not batch.scores_prompts
 
     def _needs_few_rows(self, batch: ScheduledBatch) -> bool:
         """True if hidden states are needed only of rows from which tokens are drawn, so that the end of the last layer
@@ -215,14 +213,12 @@ class ModelRunner:
 
         False on a GPU, where kernels for any number of rows would be compiled while requests wait.
         """
-        if self._device.overlaps or batch.num_decodes == len(batch.sequences):
-            return False
-        return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
+        return not (self._device.overlaps or batch.has_only_decodes or batch.scores_prompts)
 
     def _forward(self, batch: ScheduledBatch, rows: Tensor | None) -> DecodeStep:
         """Run the model; with `rows [R]` the results are those of these rows, but for `finite`, which has all."""
         self._inputs.fill(batch, batch.num_decodes)
-        if batch.num_decodes == len(batch.sequences):
+        if batch.has_only_decodes:
             step = self._decodes.run(batch.num_decodes, self._inputs.decode, self._sampler.plain_draw)
             if step is not None:
                 return step

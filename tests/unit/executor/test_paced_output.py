@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import defaultdict
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ import engine_kit
 from scalellm.services.common.link import API_MINOR
 from scalellm.services.executor.build import LoadedEngine
 from scalellm.services.executor.config import ExecutorSettings
-from scalellm.services.executor.engine import Engine, LinkResult
+from scalellm.services.executor.engine import Engine, LinkResult, StepResult
 from scalellm.services.executor.engine.request import ResumedSample
 from scalellm.services.executor.engine_process import EngineLoop
 from scalellm.services.executor.ipc import EngineChannel, Kind, Message
@@ -28,7 +29,14 @@ def tokens(offset: int, *handles: int) -> LinkResult:
     """The results of a step: token `100 * handle + offset` of each request."""
     count = len(handles)
     columns = list(handles), [0] * count, [offset] * count, [1] * count
-    return LinkResult(*columns, [100 * handle + offset for handle in handles], has_first=offset == 0)
+    return LinkResult(*columns, [100 * handle + offset for handle in handles])
+
+
+def step_of(*, is_first: bool = False, **links: LinkResult) -> StepResult:
+    """A step's results for the links `l1` and `l2`."""
+    return StepResult(
+        defaultdict(LinkResult, {int(link[1:]): part for link, part in links.items()}), has_first=is_first
+    )
 
 
 def submit(handle: int, max_tokens: int, prompt: tuple[int, ...] = (1, 2, 3)) -> Message:
@@ -147,10 +155,10 @@ def _places(step: link_pb2.StepOutput) -> list[tuple[int, int]]:
 
 def test_results_are_held_by_link_and_come_together() -> None:
     output = PacedOutput(0.010)
-    assert output.add({1: tokens(3, 7)}, 0.0) == {1: tokens(3, 7)}
-    assert output.add({1: tokens(4, 7)}, 0.004) == {}
-    assert output.add({2: tokens(9, 5)}, 0.008) == {}
-    both = output.add({1: tokens(5, 7, 8)}, 0.012)
+    assert output.add(step_of(l1=tokens(3, 7)), 0.0) == {1: tokens(3, 7)}
+    assert output.add(step_of(l1=tokens(4, 7)), 0.004) == {}
+    assert output.add(step_of(l2=tokens(9, 5)), 0.008) == {}
+    both = output.add(step_of(l1=tokens(5, 7, 8)), 0.012)
     joined = LinkResult([7, 7, 8], [0, 0, 0], [4, 5, 5], [1, 1, 1], [704, 705, 805])
     assert both == {1: joined, 2: tokens(9, 5)}
     assert output.take(0.013) == {}
@@ -158,18 +166,18 @@ def test_results_are_held_by_link_and_come_together() -> None:
 
 def test_first_tokens_are_sent_with_all_that_is_held() -> None:
     output = PacedOutput(0.010)
-    output.add({1: tokens(3, 7)}, 0.0)
-    output.add({2: tokens(4, 5)}, 0.001)
-    assert output.add({1: tokens(0, 9)}, 0.002).keys() == {1, 2}
+    output.add(step_of(l1=tokens(3, 7)), 0.0)
+    output.add(step_of(l2=tokens(4, 5)), 0.001)
+    assert output.add(step_of(l1=tokens(0, 9), is_first=True), 0.002).keys() == {1, 2}
 
 
 def test_results_after_those_that_were_taken_before_a_long_step_are_not_held() -> None:
     """On a GPU they are those of the short step before it, and come while the long one runs."""
     output = PacedOutput(0.010)
-    output.add({1: tokens(3, 7)}, 0.0)
-    output.add({1: tokens(4, 7)}, 0.001)
+    output.add(step_of(l1=tokens(3, 7)), 0.0)
+    output.add(step_of(l1=tokens(4, 7)), 0.001)
     assert output.take() == {1: tokens(4, 7)}
-    assert output.add({1: tokens(5, 7)}, 0.002) == {1: tokens(5, 7)}
+    assert output.add(step_of(l1=tokens(5, 7)), 0.002) == {1: tokens(5, 7)}
 
 
 @pytest.mark.parametrize("resumed", [0, 3])
@@ -181,18 +189,18 @@ def test_the_first_token_of_a_request_is_known_also_if_it_was_resumed(resumed: i
         1, [4, 5], max_tokens=8, ignore_eos=True, resumed=(ResumedSample(0, tuple(tokens_before), None),)
     )
     engine.add(request)
-    results = [engine.step().links[0] for _ in range(3)]
-    assert [result.offsets for result in results] == [[resumed], [resumed + 1], [resumed + 2]]
+    results = [engine.step() for _ in range(3)]
+    assert [result.links[0].offsets for result in results] == [[resumed], [resumed + 1], [resumed + 2]]
     assert [result.has_first for result in results] == [True, False, False]
 
 
 def test_a_step_without_results_sends_what_has_become_due() -> None:
     """As the steps of an engine whose requests wait for the mask of a grammar."""
     output = PacedOutput(0.010)
-    output.add({1: tokens(3, 7)}, 0.0)
-    output.add({1: tokens(4, 7)}, 0.004)
-    assert output.add({}, 0.009) == {}
-    assert output.add({}, 0.011) == {1: tokens(4, 7)}
+    output.add(step_of(l1=tokens(3, 7)), 0.0)
+    output.add(step_of(l1=tokens(4, 7)), 0.004)
+    assert output.add(step_of(), 0.009) == {}
+    assert output.add(step_of(), 0.011) == {1: tokens(4, 7)}
 
 
 def test_a_cpu_holds_tokens_back_by_default_and_a_gpu_does_not() -> None:
