@@ -116,8 +116,8 @@ inline void score8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const 
 }
 
 template <int kVecs, bool kAsk>
-inline void add_values8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head_at,
-                        int64_t d, const Queries<Quad>& queries) {
+inline void add_some_values8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next,
+                             int64_t head_at, int64_t d, const Queries<Quad>& queries) {
   const Int8 *values[kParts], *ahead[kParts];
   for (int64_t part = 0; part < kParts; ++part) {
     values[part] = tile.v[part] + head_at + d * 4;
@@ -130,20 +130,91 @@ inline void add_values8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, c
 }
 
 template <bool kAsk>
-inline void attend8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head,
-                    int64_t first, const Queries<Quad>& queries, const CausalMask& mask, float softcap) {
-  const int64_t dim = cache.dim, head_at = head * row_size8(dim) * kPart;
-  score8<kAsk>(cache, tile, next, head_at, queries);
-  const Int8* scales[kParts];
-  for (int64_t part = 0; part < kParts; ++part) scales[part] = tile.v[part] + head_at + dim * kPart;
-  queries.take_weights(first, tile.size, dim, mask, softcap,
-                       [&](float* row, float largest) { return weigh_row8(row, largest, scales); });
+inline void add_values8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head_at,
+                        const Queries<Quad>& queries) {
   int64_t d = 0;
-  for (; d + kBlockVecs * kLanes <= dim; d += kBlockVecs * kLanes) {
-    add_values8<kBlockVecs, kAsk>(cache, tile, next, head_at, d, queries);
+  for (; d + kBlockVecs * kLanes <= cache.dim; d += kBlockVecs * kLanes) {
+    add_some_values8<kBlockVecs, kAsk>(cache, tile, next, head_at, d, queries);
   }
-  for (; d < dim; d += kLanes) add_values8<1, kAsk>(cache, tile, next, head_at, d, queries);
+  for (; d < cache.dim; d += kLanes) add_some_values8<1, kAsk>(cache, tile, next, head_at, d, queries);
 }
+
+#if defined(HAS_MATRIX_UNIT)
+
+static_assert(kLanes == kPart && 2 * kPart == kUnitColumns && 4 * kUnitWords == kTile);
+
+// The largest number of words that the unit can take at once of each query: the same for all parts of it.
+inline int words_at_once(int64_t words) {
+  int most = kUnitWords;
+  while (words % most != 0) --most;
+  return most;
+}
+
+// Calls block(first, count) for blocks of as many rows as the unit takes.
+template <class Block>
+inline void by_unit_blocks(int64_t rows, const Block& block) {
+  for (int64_t r = 0; r < rows; r += kUnitRows) block(r, std::min<int64_t>(kUnitRows, rows - r));
+}
+
+// `score8` on the matrix unit: the same scores, bit by bit, as sums of bytes are exact.
+void score_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<Int8>& tile, int64_t head_at,
+                   const Queries<Quad>& queries) {
+  constexpr int64_t kWord = 4 * kPart;  // bytes of a word of the keys of a part
+  const int64_t fours = cache.dim / 4, size = query_size<Quad>(cache.dim);
+  const int words = words_at_once(fours);
+  alignas(64) int32_t sums[kUnitRows * kUnitColumns];
+  for (int64_t t = 0; t < kTile; t += kUnitColumns) {
+    const Int8* const keys[] = {tile.k[t / kPart] + head_at, tile.k[t / kPart + 1] + head_at};
+    const Vec scales[] = {read<Vec>(keys[0] + cache.dim * kPart), read<Vec>(keys[1] + cache.dim * kPart)};
+    by_unit_blocks(queries.count, [&](int64_t first, int64_t count) {
+      const Quad* q = queries.q + first * size;
+      unit.begin(int(count), words);
+      for (int64_t i = 0; i < fours; i += words) {
+        unit.add<int8_t, uint8_t>(q + i, size * sizeof *q, keys[0] + i * kWord, keys[1] + i * kWord, kWord);
+      }
+      unit.store_sums(sums);
+      for (int64_t r = 0; r < count; ++r, q += size) {
+        const Int start = splat_four(q + fours + 1);
+        for (int n = 0; n < 2; ++n) {
+          const Int sum = read<Int>(sums + r * kUnitColumns + n * kLanes) + start;
+          store(queries.scores + (first + r) * kTile + t + n * kLanes,
+                __builtin_convertvector(sum, Vec) * (scales[n] * read<float>(q + fours)));
+        }
+      }
+    });
+  }
+}
+
+// `add_values8` on the matrix unit. The values of all parts are copied to one place first, [kTile / 4, dim, 4], so that
+// the unit multiplies those of all tokens at once. Weights of tokens that are not asked for are 0.
+void add_values_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<Int8>& tile, int64_t head_at,
+                        const Queries<Quad>& queries, float* scratch) {
+  const int64_t dim = cache.dim;
+  auto* together = reinterpret_cast<Int8*>(scratch);
+  for (int64_t part = 0; part < kParts; ++part) {
+    std::memcpy(together + part * kPart * dim, tile.v[part] + head_at, kPart * dim);
+  }
+  alignas(64) int32_t sums[kUnitRows * kUnitColumns];
+  for (int64_t d = 0; d < dim; d += kUnitColumns) {
+    const Int8* values = together + d * 4;
+    by_unit_blocks(queries.count, [&](int64_t first, int64_t count) {
+      const float* weights = queries.scores + first * kTile;
+      unit.begin(int(count), kUnitWords);
+      unit.add<uint8_t, int8_t>(weights, kTile * sizeof *weights, values, values + 4 * kLanes, 4 * dim);
+      unit.store_sums(sums);
+      for (int64_t r = 0; r < count; ++r) {
+        const float factor = weights[r * kTile + kTile / 4];
+        for (int n = 0; n < 2; ++n) {
+          float* to = queries.acc + (first + r) * dim + d + n * kLanes;
+          const Int sum = read<Int>(sums + r * kUnitColumns + n * kLanes);
+          store(to, load(to) + __builtin_convertvector(sum, Vec) * factor);
+        }
+      }
+    });
+  }
+}
+
+#endif
 
 }  // namespace
 
@@ -151,13 +222,34 @@ inline void attend8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const
 // is 0 among integers.
 template <>
 void attend(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head, int64_t first,
-            const Queries<Quad>& queries, const CausalMask& mask, float softcap, float*) {
-  if (queries.count > kBlockRows) {
-    attend8<false>(cache, tile, next, head, first, queries, mask, softcap);
-    next.prefetch_keys(cache, head);
-    next.prefetch_values(cache, head, 0);
-  } else {
-    attend8<true>(cache, tile, next, head, first, queries, mask, softcap);
+            const Queries<Quad>& queries, const CausalMask& mask, float softcap, [[maybe_unused]] float* scratch) {
+  const int64_t dim = cache.dim, head_at = head * row_size8(dim) * kPart;
+  const Int8* scales[kParts];
+  for (int64_t part = 0; part < kParts; ++part) scales[part] = tile.v[part] + head_at + dim * kPart;
+  const auto take_weights = [&] {
+    queries.take_weights(first, tile.size, dim, mask, softcap,
+                         [&](float* row, float largest) { return weigh_row8(row, largest, scales); });
+  };
+  if (queries.count <= kBlockRows) {
+    score8<true>(cache, tile, next, head_at, queries);
+    take_weights();
+    add_values8<true>(cache, tile, next, head_at, queries);
     next.prefetch_values(cache, head, tile.size);
+    return;
   }
+#if defined(HAS_MATRIX_UNIT)
+  if (queries.count >= kUnitLeastRows && dim % kUnitColumns == 0) {
+    MatrixUnit unit;
+    score_on_unit(unit, cache, tile, head_at, queries);
+    take_weights();
+    add_values_on_unit(unit, cache, tile, head_at, queries, scratch);
+  } else
+#endif
+  {
+    score8<false>(cache, tile, next, head_at, queries);
+    take_weights();
+    add_values8<false>(cache, tile, next, head_at, queries);
+  }
+  next.prefetch_keys(cache, head);
+  next.prefetch_values(cache, head, 0);
 }

@@ -1,13 +1,10 @@
 // What a library computes with its widest instructions, compared with the same sums made one product at a time: a level
 // of instructions may be compiled on a machine that lacks them, so that the first machine to run them is a user's.
-#include <cmath>
-#include <cstdint>
+#include "check.h"
+
 #include <vector>
 
-#include "dot.h"
-#include "multiply.h"
 #include "tile.h"
-#include "vec.h"
 
 extern "C" {
 int64_t prepare();
@@ -19,23 +16,6 @@ int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const int32_t* so
 }
 
 namespace {
-
-constexpr double kTolerance = 1e-5;  // of the sum of magnitudes
-
-class Random {
- public:
-  // A whole number of least .. most.
-  int32_t whole(int32_t least, int32_t most) {
-    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-    return least + int32_t((state_ >> 33) % uint64_t(most - least + 1));
-  }
-
-  // A number of at least -1 and below 1 that every type of 16 bits holds as it is.
-  float number() { return float(whole(-128, 127)) / 128.0f; }
-
- private:
-  uint64_t state_ = 1;
-};
 
 // Inputs are whole numbers and every group of them has a 127, so that they are bytes already; scales are 1 or 2. Then
 // all numbers on the way are whole ones that float32 holds, and results are the same whatever is added up first.
@@ -80,18 +60,6 @@ bool packed_products_are_right(int64_t bits) {
   return true;
 }
 
-// True if got = start plus the products of k pairs of numbers, left(i) * right(i).
-template <class Left, class Right>
-bool is_sum(double got, double start, int64_t k, const Left& left, const Right& right) {
-  double expected = start, magnitudes = std::abs(start);
-  for (int64_t i = 0; i < k; ++i) {
-    const double product = double(left(i)) * right(i);
-    expected += product;
-    magnitudes += std::abs(product);
-  }
-  return std::abs(got - expected) <= kTolerance * magnitudes;
-}
-
 template <class W>
 bool dense_products_are_right(Code code, int64_t m) {
   constexpr int64_t n = 2 * kTile + 6, k = 131;
@@ -125,47 +93,6 @@ bool dense_products_are_right(Code code) {
   return dense_products_are_right<W>(code, 1) && dense_products_are_right<W>(code, 37);
 }
 
-// What attention makes of keys and values that are stored as T.
-template <class T>
-bool small_products_are_right() {
-  using Term = TermOf<T>;
-  constexpr int64_t m = 7, terms = 9, k = terms * kNumbers<Term>, n = (kBlockVecs + 1) * kLanes;
-  Random random;
-  std::vector<Element<Term>> a(m * k + kLanes);
-  std::vector<T> b(k * n);
-  std::vector<float> left(m * k), right(k * n), c(m * n);
-  for (int64_t i = 0; i < m * k; ++i) store(&a[i], splat(left[i] = random.number()), 1);
-  for (int64_t i = 0; i < k * n; ++i) store(&b[i], splat(right[i] = random.number()), 1);
-  const auto columns = [&](int64_t at) { return b.data() + at; };
-  multiply<false, false>(reinterpret_cast<const Term*>(a.data()), terms, m, terms, columns, columns, n, c.data(), n, n);
-  for (int64_t row = 0; row < m; ++row) {
-    for (int64_t column = 0; column < n; ++column) {
-      const auto of_row = [&](int64_t i) { return left[row * k + i]; };
-      const auto of_column = [&](int64_t i) { return right[i * n + column]; };
-      if (!is_sum(c[row * n + column], 0, k, of_row, of_column)) return false;
-    }
-  }
-  return true;
-}
-
-// What attention makes of keys and values of 8 bits.
-bool products_of_bytes_are_right() {
-  Random random;
-  for (int i = 0; i < 64; ++i) {
-    uint8_t w[4 * kLanes];
-    int8_t x[4 * kLanes];
-    for (uint8_t& weight : w) weight = uint8_t(random.whole(0, kMostPlain));
-    for (int8_t& input : x) input = int8_t(random.whole(-127, 127));
-    const Int got = dot_plain(Int{} + i, read<Int>(w), read<Int>(x));
-    for (int lane = 0; lane < kLanes; ++lane) {
-      int32_t expected = i;
-      for (int byte = 4 * lane; byte < 4 * lane + 4; ++byte) expected += int32_t(w[byte]) * x[byte];
-      if (got[lane] != expected) return false;
-    }
-  }
-  return true;
-}
-
 }  // namespace
 
 // Returns null where all is right, else what is not.
@@ -176,8 +103,5 @@ EXPORT const char* self_check() {
   if (!dense_products_are_right<float>(kFloat32)) return "products with float32 weights are wrong";
   if (!dense_products_are_right<BFloat16>(kBFloat16)) return "products with bfloat16 weights are wrong";
   if (!dense_products_are_right<Float16>(kFloat16)) return "products with float16 weights are wrong";
-  if (!small_products_are_right<float>()) return "products of attention in float32 are wrong";
-  if (!small_products_are_right<BFloat16>()) return "products of attention in bfloat16 are wrong";
-  if (!products_of_bytes_are_right()) return "products of attention in 8 bits are wrong";
-  return nullptr;
+  return fault_of_attention();
 }

@@ -274,18 +274,18 @@ void gemm(const Arguments& a) {
 #if defined(HAS_MATRIX_UNIT)
 
 // The rows of a block, `stride` numbers apart, times a tile of weights with `pairs` pairs of inputs: to [rows, kTile].
-void multiply_on_unit(MatrixUnit<float>& unit, int rows, const BFloat16* x, int64_t stride, const BFloat16* weight,
+void multiply_on_unit(MatrixUnit& unit, int rows, const BFloat16* x, int64_t stride, const BFloat16* weight,
                       int64_t pairs, float* to) {
   static_assert(kTile == kUnitColumns);
   constexpr int64_t kRow = 2 * kTile;  // numbers of a pair of inputs
   unit.begin(rows, kUnitWords);
   for (; pairs >= kUnitWords; pairs -= kUnitWords, x += 2 * kUnitWords, weight += kUnitWords * kRow) {
-    unit.add(x, stride * sizeof *x, weight);
+    unit.add<BFloat16, BFloat16>(x, stride * sizeof *x, weight);
   }
   if (pairs > 0) {  // what lies behind them is another tile's, and 0 times it need not be 0
     BFloat16 rest[kUnitWords * kRow] = {};
     std::copy_n(weight, pairs * kRow, rest);
-    unit.add(x, stride * sizeof *x, rest);
+    unit.add<BFloat16, BFloat16>(x, stride * sizeof *x, rest);
   }
   unit.store_sums(to);
 }
@@ -300,7 +300,7 @@ void gemm<BFloat16>(const Arguments& a) {
   take_rows(a, [&](int64_t i, const float* x) { round_to_bfloat16(x, a.k, rounded + i * stride, stride); });
   for_blocks(a, blocks, kUnitRows, 2, 1 / 400.0, [&](const Share& share, const Tiles& part) {
     const BFloat16* weight = static_cast<const BFloat16*>(a.weight) + share.weight * num_tiles(a.n) * kTile * 2 * pairs;
-    MatrixUnit<float> unit;
+    MatrixUnit unit;
     for (int64_t tile = part.begin; tile < part.end; ++tile) {
       for (int64_t at = share.first_block; at < share.end_block; ++at) {
         const auto [first, rows] = blocks[at];

@@ -28,7 +28,6 @@ namespace {
 constexpr int kFewRows = kLanes == 16 ? 8 : 4;    // in a block: as many sums as there are registers for
 constexpr int kManyRows = kLanes == 16 ? 6 : 4;   // the same, of calls with kMany: results have registers, too
 constexpr int64_t kMany = 64;                     // rows: what is done once per tile counts for little
-constexpr int64_t kUnitLeast = 16;                // rows from which on the matrix unit is used
 constexpr int64_t kUnitLeastGroup = 64;           // inputs: with fewer, most instructions would be those that add up groups
 constexpr int kUnitLeastWords = 8;                // of the 16 that it has room for
 constexpr int kAhead = 8192;                      // bytes of words that are asked for ahead, into the second-level cache
@@ -229,7 +228,7 @@ int unit_words([[maybe_unused]] int64_t group) {
 
 #if defined(HAS_MATRIX_UNIT)
 
-static_assert(kUnitLeast > kFewRows, "the unit's blocks are told by their rows");
+static_assert(kUnitLeastRows > kFewRows, "the unit's blocks are told by their rows");
 
 // The words of a tile as the unit takes them: [k / 4, kTile], four weights each in the order of codes.
 template <int Bits>
@@ -249,7 +248,7 @@ const void* unit_weights(const int32_t* words, int64_t k) {
 
 // A block times a tile, with its words as `unit_weights` returns them.
 template <class T, bool HasZeros>
-void block_on_unit(MatrixUnit<int32_t>& unit, int words, const Problem<T>& p, int64_t tile, const Block& block,
+void block_on_unit(MatrixUnit& unit, int words, const Problem<T>& p, int64_t tile, const Block& block,
                    const void* weights) {
   static_assert(kTile == kUnitColumns);
   const auto [first, rows] = block;
@@ -261,7 +260,7 @@ void block_on_unit(MatrixUnit<int32_t>& unit, int words, const Problem<T>& p, in
   for (int64_t group = 0; group < p.groups; ++group) {
     unit.begin(int(rows), words);
     for (int64_t i = 0; i < p.group; i += 4 * words, codes += 4 * words, weight += 4 * words * kTile) {
-      unit.add(codes, p.stride, weight);
+      unit.add<int8_t, uint8_t>(codes, p.stride, weight);
     }
     unit.store_sums(sums);
     const int64_t of_tile = (tile * p.groups + group) * kTile, of_block = first * p.groups + group * rows;
@@ -288,7 +287,7 @@ void block_on_unit(MatrixUnit<int32_t>& unit, int words, const Problem<T>& p, in
 template <class T, int Bits, bool HasZeros>
 void tiles_on_unit(const Problem<T>& p, const Blocks& blocks, const Share& share, const Tiles& part) {
   const int words = unit_words(p.group);
-  MatrixUnit<int32_t> unit;
+  MatrixUnit unit;
   for (int64_t tile = part.begin; tile < part.end; ++tile) {
     const void* weights = unit_weights<Bits>(p.words + tile * p.k * Bits / 32 * kTile, p.k);
     for (int64_t block = share.first_block; block < share.end_block; ++block) {
@@ -320,7 +319,7 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
   int32_t* sum_starts = rounded.starts.of(m * groups);
   float* input_sums = rounded.sums.of(m * groups);
   Blocks& blocks = rounded.blocks;
-  const int64_t on_unit = unit_words(group) > 0 ? kUnitLeast : INT64_MAX;  // as many rows of a weight or more
+  const int64_t on_unit = unit_words(group) > 0 ? kUnitLeastRows : INT64_MAX;  // as many rows of a weight or more
   blocks.divide(m, starts, weights, [&](int64_t rows) {
     return rows >= on_unit ? int64_t(kUnitRows) : rows < kMany ? kFewRows : kManyRows;
   });

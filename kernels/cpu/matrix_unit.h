@@ -1,27 +1,42 @@
 // The matrix unit of a core, Intel's AMX: sums of products of up to 32 rows and 32 columns at once.
 //
-// Inputs and weights are words of 4 bytes: two numbers of bfloat16, whose products are added up in float32, or four
-// bytes, those of inputs signed and those of weights not, whose products are added up in 32 bits. In which order the
-// unit adds up the products of an `add` is its affair: it is the same for every row.
+// Inputs and weights are words of 4 bytes: two bfloat16 numbers, whose products are added up in float32, or four bytes,
+// signed or not, whose products are added up in 32 bits. Sums of bytes are exact. Intel specifies the order of bfloat16
+// sums, but it is not the order of vector instructions, so a row must always be multiplied by the one or by the other.
 #pragma once
 
 #include <cstdint>
 #include <initializer_list>
 #include <type_traits>
 
+#include "vec.h"
+
 constexpr int kUnitRows = 32;
 constexpr int kUnitColumns = 32;
 constexpr int kUnitWords = 16;  // of a row and of a column, at most, in an `add`
 
+// From this number of rows on the unit multiplies bytes: with fewer, vector instructions are as fast.
+constexpr int64_t kUnitLeastRows = 16;
+
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define HAS_MATRIX_UNIT
+inline constexpr bool kHasMatrixUnit = true;
 
 #include <immintrin.h>
 
-// `Sum` is float for words of bfloat16 and int32_t for words of bytes. The numbers of its tiles, which have 16 rows of
-// 64 bytes, are part of the instructions, and the compiler's macros take nothing but literals: sums of rows 0 .. 15 are
-// in 0 and 1, the left and the right columns, those of other rows in 2 and 3, inputs in 4 and 5, weights in 6 and 7.
-template <class Sum>
+// The unit's tiles have 16 rows of 64 bytes. Their numbers are part of the instructions, and the compiler's macros take
+// only literals: tiles 0 and 1 are the left and right columns of the sums of rows 0 .. 15, tiles 2 and 3 those of the
+// other rows, 4 and 5 are inputs, 6 and 7 weights.
+#define ADD_PRODUCTS(sums, x_tile, w_tile)                        \
+  if constexpr (kMultiplies<X, W, BFloat16, BFloat16>) {          \
+    _tile_dpbf16ps(sums, x_tile, w_tile);                         \
+  } else if constexpr (kMultiplies<X, W, int8_t, uint8_t>) {      \
+    _tile_dpbsud(sums, x_tile, w_tile);                           \
+  } else {                                                        \
+    static_assert(kMultiplies<X, W, uint8_t, int8_t>);            \
+    _tile_dpbusd(sums, x_tile, w_tile);                           \
+  }
+
 class MatrixUnit {
  public:
   MatrixUnit() = default;
@@ -40,34 +55,35 @@ class MatrixUnit {
     }
   }
 
-  // x [rows, words], rows being `stride` bytes apart, times weights [words, kUnitColumns], which are not apart.
-  void add(const void* x, int64_t stride, const void* weights) {
-    constexpr int64_t kRowBytes = 4 * kUnitColumns;
+  // Adds x [rows, words] times weights [words, kUnitColumns], where rows of x are `x_stride` bytes apart and rows of
+  // weights `stride` bytes, of which the columns from 16 on may lie elsewhere. X and W are types of their numbers.
+  template <class X, class W>
+  void add(const void* x, int64_t x_stride, const void* left, const void* right, int64_t stride) {
     finish_stores(x);
-    finish_stores(weights);
-    _tile_loadd(6, weights, kRowBytes);
-    _tile_loadd(7, static_cast<const char*>(weights) + kRowBytes / 2, kRowBytes);
-    _tile_loadd(4, x, stride);
-    if constexpr (std::is_same_v<Sum, float>) {
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-    } else {
-      _tile_dpbsud(0, 4, 6);
-      _tile_dpbsud(1, 4, 7);
-    }
+    finish_stores(left);
+    finish_stores(right);
+    _tile_loadd(6, left, stride);
+    _tile_loadd(7, right, stride);
+    _tile_loadd(4, x, x_stride);
+    ADD_PRODUCTS(0, 4, 6);
+    ADD_PRODUCTS(1, 4, 7);
     if (rows_ <= kHalf) return;
-    _tile_loadd(5, static_cast<const char*>(x) + kHalf * stride, stride);
-    if constexpr (std::is_same_v<Sum, float>) {
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    } else {
-      _tile_dpbsud(2, 5, 6);
-      _tile_dpbsud(3, 5, 7);
-    }
+    _tile_loadd(5, static_cast<const char*>(x) + kHalf * x_stride, x_stride);
+    ADD_PRODUCTS(2, 5, 6);
+    ADD_PRODUCTS(3, 5, 7);
   }
 
-  // to [rows, kUnitColumns] = the sums.
+  // The same where rows of weights have all columns and no gaps between them.
+  template <class X, class W>
+  void add(const void* x, int64_t x_stride, const void* weights) {
+    constexpr int64_t kRowBytes = 4 * kUnitColumns;
+    add<X, W>(x, x_stride, weights, static_cast<const char*>(weights) + kRowBytes / 2, kRowBytes);
+  }
+
+  // to [rows, kUnitColumns] = the sums, which are float for products of bfloat16 and int32_t for those of bytes.
+  template <class Sum>
   void store_sums(Sum* to) const {
+    static_assert(sizeof(Sum) == 4);
     constexpr int64_t kRowBytes = kUnitColumns * sizeof(Sum);
     _tile_stored(0, to, kRowBytes);
     _tile_stored(1, to + kUnitColumns / 2, kRowBytes);
@@ -78,7 +94,9 @@ class MatrixUnit {
 
  private:
   static constexpr int kHalf = kUnitRows / 2;
-  static_assert(sizeof(Sum) == 4);
+
+  template <class X, class W, class Inputs, class Weights>
+  static constexpr bool kMultiplies = std::is_same_v<X, Inputs> && std::is_same_v<W, Weights>;
 
   struct Configuration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -113,4 +131,8 @@ class MatrixUnit {
   int rows_ = 0, words_ = 0;
 };
 
+#undef ADD_PRODUCTS
+
+#else
+inline constexpr bool kHasMatrixUnit = false;
 #endif

@@ -1,30 +1,34 @@
-"""Products of every level of instructions, by the kernels' own sources on any x86-64 CPU with AVX2.
+"""Products and attention of every level of instructions, by the kernels' own sources on any x86-64 CPU with AVX2.
 
 `emulated/immintrin.h` has the instructions that a CPU may lack.
 """
 
-import ctypes
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from cpu_levels import rounds_inputs_to_bfloat16
+from int8_case import Int8Case
 from scalellm.kernels.cpu import building
+from scalellm.kernels.cpu.attention import paged_attention_decode, unified_attention
 from scalellm.kernels.cpu.expert_rows import RowsByExpert
 from scalellm.kernels.cpu.gemm_dense import TiledMatrix
 from scalellm.kernels.cpu.gemm_wna16 import TiledWeight
-from scalellm.kernels.cpu.library import FUNCTIONS, TYPES
+from scalellm.kernels.cpu.library import CpuLibrary
+from scalellm.kernels.cpu.rope import qk_norm_rope_and_cache
+from scalellm.kernels.dispatch import Ops
 from scalellm.kernels.reference.w4a16 import dequantise_packed
 
 pytestmark = pytest.mark.slow  # half a minute in the compiler per level
 
 BASE, *EMULATED = building.LEVELS
-SOURCES = ("check", "gemm_dense", "gemm_wna16", "matrix_unit", "parallel", "rows")
 FLAGS = (*building.FLAGS, "-O1", "-Wno-psabi", *BASE.flags, f"-I{Path(__file__).parent / 'emulated'}")
+FORMS = {form.__name__: form for form in (paged_attention_decode, qk_norm_rope_and_cache, unified_attention)}
 ROWS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 70)
 
 
@@ -44,30 +48,15 @@ def built(folder, *flags):
     if "clang" in subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout:
         pytest.skip("clang's headers define other types")
 
-    def compiled(name):
-        to = str(folder / f"{name}.o")
-        command = [compiler, *FLAGS, *flags, "-c", "-o", to, str(building.SOURCES / f"{name}.cpp")]
-        subprocess.run(command, check=True)
+    def compiled(source):
+        to = str(folder / f"{source.stem}.o")
+        subprocess.run([compiler, *FLAGS, *flags, "-c", "-o", to, str(source)], check=True)
         return to
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        objects = list(threads.map(compiled, SOURCES))
+        objects = list(threads.map(compiled, sorted(building.SOURCES.glob("*.cpp"))))
     subprocess.run([compiler, "-shared", "-pthread", "-o", str(folder / "emulated.so"), *objects], check=True)
     return folder / "emulated.so"
-
-
-class EmulatedLibrary:
-    """As much of a CpuLibrary as products use."""
-
-    def __init__(self, path):
-        self._dll = ctypes.CDLL(str(path))
-        assert self._dll.prepare() == 1
-
-    def call(self, name, *args):
-        function = getattr(self._dll, name)
-        function.argtypes = [*(TYPES[kind] for kind in FUNCTIONS[name]), ctypes.c_int64]
-        function.restype = ctypes.c_int64
-        return function(*args, torch.get_num_threads())
 
 
 @pytest.fixture(scope="module", params=EMULATED, ids=lambda level: level.name)
@@ -81,8 +70,15 @@ def path(level, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def library(path):
-    return EmulatedLibrary(path)
+def library(path, level):
+    return CpuLibrary(path, level.name)
+
+
+@pytest.fixture(scope="module")
+def ops(library):
+    """Attention and what writes its cache."""
+    forms = {name: ("cpp", partial(function, library)) for name, function in FORMS.items()}
+    return Ops(None, forms, library)
 
 
 def randn(*shape, seed=0):
@@ -155,10 +151,35 @@ def test_rows_of_experts_are_those_of_each_expert_alone(library, kind):
     assert torch.equal(got, torch.cat(expected))
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("options", [{}, {"window": 30}, {"softcap": 3.0}])
+def test_attention_of_prompts_against_the_definition(ops, head_dim, options):
+    """The matrix unit computes prompts of 16 rows, queries times heads, or more. 7-bit weights set the tolerance."""
+    case = Int8Case(ops, [1, 15, 16, 17, 64, 70, 150], head_dim=head_dim)
+    torch.testing.assert_close(case.prompt(ops, **options).double(), case.expected(**options), atol=0.1, rtol=0.1)
+
+
+def test_attention_of_a_row_does_not_depend_on_the_rows_beside(ops):
+    """Rows of a prompt and of beginnings in common, which are computed together, are those of each row alone."""
+    case = Int8Case(ops, [300] + [20] * 20)
+    prompts = case.prompt(ops)
+    for length in (1, 64, 65, 130, 256, 257, 300):
+        alone = case.decode(ops, slice(length - 1, length), [length], case.table)
+        assert torch.equal(alone[0], prompts[length - 1])
+    table = torch.cat((case.table[:1, :16].expand(21, -1), case.table[:, :2]), dim=1)
+    rows, lens = case.starts[1:].long() - 1, [256 + 20] * 21
+    table[0] = case.table[0, : table.shape[1]]
+    together = case.decode(ops, rows, lens, table)
+    for s in range(len(lens)):
+        alone = case.decode(ops, rows[s : s + 1], lens[s : s + 1], table[s : s + 1])
+        assert torch.equal(alone[0], together[s])
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("EMULATE_WRONG_BYTES", "products with packed integers of 8 bits are wrong"),
+        ("EMULATE_WRONG_WEIGHTS", "products with packed integers of 8 bits are wrong"),
+        ("EMULATE_WRONG_INPUTS", "attention of many rows in 8 bits is not that of each row"),
         ("EMULATE_NO_STATE", "the operating system does not keep the state that it needs"),
     ],
 )

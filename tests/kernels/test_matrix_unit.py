@@ -21,11 +21,11 @@ SOURCE = """
 #include "matrix_unit.h"
 
 void multiply(const uint32_t* x, const uint32_t* weights, int64_t count, float* sums) {
-  MatrixUnit<float> unit;
+  MatrixUnit unit;
   unit.begin(kUnitRows, kUnitWords);
   uint32_t words[kUnitWords * kUnitColumns] = {};
   std::copy_n(weights, count, words);
-  unit.add(x, 4 * kUnitWords, words);
+  unit.add<BFloat16, BFloat16>(x, 4 * kUnitWords, words);
   unit.store_sums(sums);
 }
 """

@@ -314,20 +314,33 @@ inline void tile_dpbf16ps(int c, int a, int b) {
   });
 }
 
-// With EMULATE_WRONG_BYTES bytes of weights are signed: an instruction that is not what its name says.
-inline void tile_dpbsud(int c, int a, int b) {
+// Adds up products of bytes, X of rows and W of columns.
+template <class X, class W>
+inline void tile_product_of_bytes(int c, int a, int b) {
   tile_product<int32_t>(c, a, b, [](int32_t sum, const uint8_t* row, const uint8_t* column, int words) {
     for (int i = 0; i < words; ++i) {
-      for (int j = 0; j < 4; ++j) {
-#if defined(EMULATE_WRONG_BYTES)
-        sum += int8_t(row[4 * i + j]) * int8_t(column[64 * i + j]);
-#else
-        sum += int8_t(row[4 * i + j]) * column[64 * i + j];
-#endif
-      }
+      for (int j = 0; j < 4; ++j) sum += X(row[4 * i + j]) * W(column[64 * i + j]);
     }
     return sum;
   });
+}
+
+// With EMULATE_WRONG_WEIGHTS or EMULATE_WRONG_INPUTS bytes that should be unsigned are signed: instructions that do not
+// what their names say.
+inline void tile_dpbsud(int c, int a, int b) {
+#if defined(EMULATE_WRONG_WEIGHTS)
+  tile_product_of_bytes<int8_t, int8_t>(c, a, b);
+#else
+  tile_product_of_bytes<int8_t, uint8_t>(c, a, b);
+#endif
+}
+
+inline void tile_dpbusd(int c, int a, int b) {
+#if defined(EMULATE_WRONG_INPUTS)
+  tile_product_of_bytes<int8_t, int8_t>(c, a, b);
+#else
+  tile_product_of_bytes<uint8_t, int8_t>(c, a, b);
+#endif
 }
 
 // Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
@@ -347,6 +360,7 @@ inline long system_call(long, long code, long feature) {
 #undef _mm512_slli_epi32
 #undef _tile_dpbf16ps
 #undef _tile_dpbsud
+#undef _tile_dpbusd
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
@@ -377,6 +391,7 @@ inline long system_call(long, long code, long feature) {
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _tile_dpbf16ps emulated::tile_dpbf16ps
 #define _tile_dpbsud emulated::tile_dpbsud
+#define _tile_dpbusd emulated::tile_dpbusd
 #define _tile_loadconfig emulated::tile_loadconfig
 #define _tile_loadd emulated::tile_loadd
 #define _tile_release emulated::tile_release
