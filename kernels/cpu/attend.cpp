@@ -3,21 +3,23 @@
 
 namespace {
 
-// Keys and values of a head of a tile as terms, [dim, kTile] and [kTile, dim] numbers: for many rows it pays to convert
+// Keys and values of a head of a tile as terms, [dim, tile] and [tile, dim] numbers: for many rows it pays to convert
 // them once, and to have the values of all parts in one place.
 template <class Term>
 struct LaidOut {
+  static constexpr int64_t kTokens = kTile<Term>;
+
   Term *keys, *values;
 
   LaidOut(float* memory, int64_t dim)
-      : keys(reinterpret_cast<Term*>(memory)), values(keys + dim * kTile / kNumbers<Term>) {}
+      : keys(reinterpret_cast<Term*>(memory)), values(keys + dim * kTokens / kNumbers<Term>) {}
 
   template <class T>
   void fill_keys(const PagedCache<T>& cache, const Tile<T>& tile, int64_t head) {
     for (int64_t d = 0; d < cache.dim; d += kNumbers<Term>) {
-      for (int64_t t = 0; t < kTile; t += kLanes) {
+      for (int64_t t = 0; t < kTokens; t += kLanes) {
         const T* from = tile.k[t / kPart] + (head * cache.dim + d) * cache.page + t % kPart;
-        store(keys + d / kNumbers<Term> * kTile + t, load_terms<Term>(from, cache.page));
+        store(keys + d / kNumbers<Term> * kTokens + t, load_terms<Term>(from, cache.page));
       }
     }
   }
@@ -46,7 +48,7 @@ template <class T>
 void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next, int64_t head, int64_t first,
             const Queries<TermOf<T>>& queries, const CausalMask& mask, float softcap, float* scratch) {
   using Term = TermOf<T>;
-  constexpr int64_t kSize = kNumbers<Term>;
+  constexpr int64_t kSize = kNumbers<Term>, kTokens = kTile<Term>;
   const int64_t dim = cache.dim, rows = queries.count, width = cache.heads * dim;
   const bool many = rows > kBlockRows;
   LaidOut<Term> laid_out(scratch, dim);
@@ -54,23 +56,24 @@ void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next
     laid_out.fill_keys(cache, tile, head);
     laid_out.fill_values(cache, tile, head, first, tile.size);
     const auto keys = [&](int64_t t) { return laid_out.keys + t; };
-    multiply<false, false>(queries.q, dim / kSize, rows, dim / kSize, keys, keys, kTile, queries.scores, kTile, kTile);
+    multiply<false, false>(queries.q, dim / kSize, rows, dim / kSize, keys, keys, kTokens, queries.scores,
+                           kTokens, kTokens);
   } else {
     const auto keys = [&](const Tile<T>& of) {
       return [&](int64_t t) { return of.k[t / kPart] + head * dim * cache.page + t % kPart; };
     };
     multiply<false, true>(queries.q, dim / kSize, rows, dim / kSize, keys(tile), keys(next), cache.page, queries.scores,
-                          kTile, kTile);
+                          kTokens, kTokens);
   }
-  queries.take_weights(first, tile.size, dim, mask, softcap, weigh_row<Term>);
+  queries.take_weights(tile, first, dim, mask, softcap, weigh_row<Term>);
   const Term* weights = reinterpret_cast<const Term*>(queries.scores);
   const auto add_laid_out = [&](int64_t begin, int64_t end) {  // terms
     const auto values = [&](int64_t d) { return laid_out.values + begin * dim + d; };
-    multiply<true, false>(weights + begin, kTile, rows, end - begin, values, values, dim, queries.acc, dim, dim);
+    multiply<true, false>(weights + begin, kTokens, rows, end - begin, values, values, dim, queries.acc, dim, dim);
   };
   if (many) {
     add_laid_out(first / kSize, (tile.size + kSize - 1) / kSize);
-    next.prefetch_keys(cache, head);
+    next.prefetch_keys(cache, head, 0);
     next.prefetch_values(cache, head, 0);
     return;
   }
@@ -85,7 +88,7 @@ void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next
     const auto values = [&](const Tile<T>& of) {
       return [&, from = of.v[begin / kPart] + begin % kPart * width + head * dim](int64_t d) { return from + d; };
     };
-    multiply<true, true>(weights + begin / kSize, kTile, rows, (end - begin) / kSize, values(tile), values(next), width,
+    multiply<true, true>(weights + begin / kSize, kTokens, rows, (end - begin) / kSize, values(tile), values(next), width,
                          queries.acc, dim, dim);
   }
   next.prefetch_values(cache, head, tile.size);

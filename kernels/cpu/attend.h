@@ -8,8 +8,8 @@
 // Floats that `attend` needs for itself.
 template <class T>
 inline int64_t attend_scratch(int64_t dim) {
-  if constexpr (std::is_same_v<T, Int8>) return kHasMatrixUnit ? dim * kTile / 4 : 0;
-  return 2 * dim * kTile / kNumbers<TermOf<T>>;
+  if constexpr (std::is_same_v<T, Int8>) return kHasMatrixUnit ? dim * kTile<Quad> / 4 : 0;
+  return 2 * dim * kTile<TermOf<T>> / kNumbers<TermOf<T>>;
 }
 
 // Attend to tokens first .. tile.size - 1 of a tile, of which `mask` hides what a row must not see. What stands in other

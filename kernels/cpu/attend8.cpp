@@ -4,7 +4,10 @@
 
 namespace {
 
-// Scores [kCount, kTile] of vectors of tokens, whose keys begin at keys[n].
+constexpr int64_t kTokens = Tile<Int8>::kMost, kParts = Tile<Int8>::kParts;
+static_assert(kStep % (kBlockVecs * kLanes) == 0);
+
+// Scores [kCount, kTokens] of vectors of tokens, whose keys begin at keys[n].
 template <int kCount, bool kAsk>
 inline void score_block(const Quad* q, int64_t dim, const Int8* const (&keys)[kBlockVecs],
                         const Int8* const (&ahead)[kBlockVecs], float* scores) {
@@ -30,54 +33,60 @@ inline void score_block(const Quad* q, int64_t dim, const Int8* const (&keys)[kB
     const Vec scale = read<Vec>(keys[n] + dim * kPart);
     for (int r = 0; r < kCount; ++r) {
       const Vec product = __builtin_convertvector(sum[r][n], Vec);
-      store(scores + r * kTile + n * kLanes, product * (scale * read<float>(q + r * size + fours)));
+      store(scores + r * kTokens + n * kLanes, product * (scale * read<float>(q + r * size + fours)));
     }
   }
 }
 
-// e^x for x of at most 0, to 1e-4 of it: more than 8 bits can say.
-inline Vec rough_exp(Vec x) {
-#if defined(__AVX512F__)
-  const Vec bounded = max(splat(-110.0f), x), scaled = bounded * 1.44269504f;
-  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(bit_cast<__m512>(scaled), _MM_FROUND_TO_NEAREST_INT));
-  const Vec r = scaled - n;  // of 2^r
-  const Vec p = ((r * 5.500857e-2f + 2.4221096e-1f) * r + 6.9328297e-1f) * r + 1.0f;
-  return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+// e^(score - largest) for scores of at most `largest`, to 1e-4 of it: more than 8 bits can say.
+inline Vec rough_weight(Vec score, float largest) {
+#if defined(__AVX512DQ__)
+  constexpr float kLog2E = 1.44269504f;
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const Vec x = score * kLog2E + splat(largest * -kLog2E);
+  const Vec r = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), kDown));  // x less the whole number below it
+  const Vec p = ((r * 7.802452e-2f + 2.2606716e-1f) * r + 6.9583356e-1f) * r + 9.999252e-1f;  // 2^r to 7.5e-5
+  return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(x)));
 #else
-  return exp(x);
+  return exp(score - largest);
 #endif
 }
 
-// Weights of 8 bits take the place of a row's scores, each times the scale of its value; behind them is their scale.
-// Returns the sum of the weights. `scales` are those of the tile's parts.
-inline float weigh_row8(float* row, float largest, const Int8* const (&scales)[kParts]) {
-  Vec weights[kTile / kLanes], total = {};
-  Int bound = {};
-  for (int64_t t = 0; t < kTile; t += kLanes) {
-    const Vec weight = rough_exp(load(row + t) - largest);
-    const Vec scale = read<Vec>(scales[t / kPart] + t % kPart * 4);
-    const Vec product = weight == 0.0f ? Vec{} : weight * scale;  // nobody knows what stands where nothing was written
-    weights[t / kLanes] = product;
-    bound = larger(bound, magnitude_bits(product));
-    total += weight;
+// Weights of 8 bits, each times the scale of its value, take the place of a row's first `num_scores` scores; behind them
+// is their scale. Returns the sum of the weights. `scales` are those of the tile's parts.
+inline float weigh_row8(float* row, float largest, int64_t num_scores, const Int8* const (&scales)[kParts]) {
+  Vec weights[kTokens / kLanes], total = {};
+  UInt bound = {};
+  for (int64_t step = 0; step < num_scores; step += kStep) {
+    for (int64_t t = step; t < step + kStep; t += kLanes) {
+      const Vec weight = rough_weight(load(row + t), largest);
+      const Vec scale = read<Vec>(scales[t / kPart] + t % kPart * 4);
+      const Vec product = weight == 0.0f ? Vec{} : weight * scale;  // a scale that was never written may be NaN
+      weights[t / kLanes] = product;
+      bound = larger(bound, bit_cast<UInt>(product));  // which is not negative, but may be NaN of either sign
+      total += weight;
+    }
   }
-  const float most = largest_of(bound), inverse = most > 1e-30f ? kMostPlain / most : 0.0f;
+  const float most = largest_of(bit_cast<Int>(bound) & 0x7fffffff);
+  const float inverse = most > 1e-30f ? kMostPlain / most : 0.0f;
   auto* codes = reinterpret_cast<uint8_t*>(row);
-  for (int64_t t = 0; t < kTile; t += kLanes) {
-    const auto narrow = __builtin_convertvector(round_to_codes(weights[t / kLanes], inverse), Byte);
-    std::memcpy(codes + t, &narrow, sizeof narrow);
+  for (int64_t step = 0; step < num_scores; step += kStep) {
+    for (int64_t t = step; t < step + kStep; t += kLanes) {
+      const Byte narrow = round_to_bytes(weights[t / kLanes], inverse);
+      std::memcpy(codes + t, &narrow, sizeof narrow);
+    }
   }
-  row[kTile / 4] = most * (1.0f / kMostPlain);
+  row[num_scores / 4] = most * (1.0f / kMostPlain);
   return sum(total);
 }
 
 // Adds to acc [kCount, dim], of kVecs vectors, the values of a tile times their weights. `values` and `ahead` are where
 // those vectors begin in each part.
 template <int kCount, int kVecs, bool kAsk>
-inline void add_values_block(const float* weights, int64_t size, int64_t dim, const Int8* const (&values)[kParts],
-                             const Int8* const (&ahead)[kParts], float* acc) {
+inline void add_values_block(const float* weights, const Tile<Int8>& tile, int64_t dim,
+                             const Int8* const (&values)[kParts], const Int8* const (&ahead)[kParts], float* acc) {
   Int sum[kCount][kVecs] = {};
-  for (int64_t t = 0; t < size; t += 4) {
+  for (int64_t t = 0; t < tile.size; t += 4) {
     const int64_t at = t % kPart * dim;
     Int codes[kVecs];
     for (int n = 0; n < kVecs; ++n) {
@@ -85,12 +94,12 @@ inline void add_values_block(const float* weights, int64_t size, int64_t dim, co
       if (kAsk && n * kLanes % 16 == 0) __builtin_prefetch(ahead[t / kPart] + at + n * 4 * kLanes, 0, 2);
     }
     for (int r = 0; r < kCount; ++r) {
-      const Int four = splat_four(reinterpret_cast<const uint8_t*>(weights + r * kTile) + t);
+      const Int four = splat_four(reinterpret_cast<const uint8_t*>(weights + r * kTokens) + t);
       for (int n = 0; n < kVecs; ++n) sum[r][n] = dot_plain(sum[r][n], four, codes[n]);
     }
   }
   for (int r = 0; r < kCount; ++r) {
-    const float factor = weights[r * kTile + kTile / 4];
+    const float factor = weights[r * kTokens + tile.num_scores() / 4];
     for (int n = 0; n < kVecs; ++n) {
       float* to = acc + r * dim + n * kLanes;
       store(to, load(to) + __builtin_convertvector(sum[r][n], Vec) * factor);
@@ -101,7 +110,7 @@ inline void add_values_block(const float* weights, int64_t size, int64_t dim, co
 template <bool kAsk>
 inline void score8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head_at,
                    const Queries<Quad>& queries) {
-  for (int64_t t = 0; t < kTile; t += kBlockVecs * kLanes) {
+  for (int64_t t = 0; t < tile.num_scores(); t += kBlockVecs * kLanes) {
     const Int8 *keys[kBlockVecs], *ahead[kBlockVecs];
     for (int n = 0; n < kBlockVecs; ++n) {
       const int64_t token = t + n * kLanes, at = head_at + token % kPart * 4;
@@ -110,7 +119,7 @@ inline void score8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const 
     }
     by_blocks(queries.count, [&](auto count, int64_t r) __attribute__((always_inline)) {
       score_block<count, kAsk>(queries.q + r * query_size<Quad>(cache.dim), cache.dim, keys, ahead,
-                               queries.scores + r * kTile + t);
+                               queries.scores + r * kTokens + t);
     });
   }
 }
@@ -124,7 +133,7 @@ inline void add_some_values8(const PagedCache<Int8>& cache, const Tile<Int8>& ti
     ahead[part] = next.v[part] + head_at + d * 4;
   }
   by_blocks(queries.count, [&](auto count, int64_t r) __attribute__((always_inline)) {
-    add_values_block<count, kVecs, kAsk>(queries.scores + r * kTile, tile.size, cache.dim, values, ahead,
+    add_values_block<count, kVecs, kAsk>(queries.scores + r * kTokens, tile, cache.dim, values, ahead,
                                          queries.acc + r * cache.dim + d);
   });
 }
@@ -141,7 +150,7 @@ inline void add_values8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, c
 
 #if defined(HAS_MATRIX_UNIT)
 
-static_assert(kLanes == kPart && 2 * kPart == kUnitColumns && 4 * kUnitWords == kTile);
+static_assert(kLanes == kPart && 2 * kPart == kUnitColumns && kStep == 4 * kUnitWords);
 
 // The largest number of words that the unit can take at once of each query: the same for all parts of it.
 inline int words_at_once(int64_t words) {
@@ -163,7 +172,7 @@ void score_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<I
   const int64_t fours = cache.dim / 4, size = query_size<Quad>(cache.dim);
   const int words = words_at_once(fours);
   alignas(64) int32_t sums[kUnitRows * kUnitColumns];
-  for (int64_t t = 0; t < kTile; t += kUnitColumns) {
+  for (int64_t t = 0; t < tile.num_scores(); t += kUnitColumns) {
     const Int8* const keys[] = {tile.k[t / kPart] + head_at, tile.k[t / kPart + 1] + head_at};
     const Vec scales[] = {read<Vec>(keys[0] + cache.dim * kPart), read<Vec>(keys[1] + cache.dim * kPart)};
     by_unit_blocks(queries.count, [&](int64_t first, int64_t count) {
@@ -177,7 +186,7 @@ void score_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<I
         const Int start = splat_four(q + fours + 1);
         for (int n = 0; n < 2; ++n) {
           const Int sum = read<Int>(sums + r * kUnitColumns + n * kLanes) + start;
-          store(queries.scores + (first + r) * kTile + t + n * kLanes,
+          store(queries.scores + (first + r) * kTokens + t + n * kLanes,
                 __builtin_convertvector(sum, Vec) * (scales[n] * read<float>(q + fours)));
         }
       }
@@ -185,25 +194,28 @@ void score_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<I
   }
 }
 
-// `add_values8` on the matrix unit. The values of all parts are copied to one place first, [kTile / 4, dim, 4], so that
-// the unit multiplies those of all tokens at once. Weights of tokens that are not asked for are 0.
+// `add_values8` on the matrix unit. The values of all parts are copied to one place first, [tokens / 4, dim, 4], so
+// that the unit multiplies those of kStep tokens at once. Weights of tokens that are not asked for are 0.
 void add_values_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<Int8>& tile, int64_t head_at,
                         const Queries<Quad>& queries, float* scratch) {
   const int64_t dim = cache.dim;
   auto* together = reinterpret_cast<Int8*>(scratch);
-  for (int64_t part = 0; part < kParts; ++part) {
+  for (int64_t part = 0; part < tile.num_scores() / kPart; ++part) {
     std::memcpy(together + part * kPart * dim, tile.v[part] + head_at, kPart * dim);
   }
   alignas(64) int32_t sums[kUnitRows * kUnitColumns];
   for (int64_t d = 0; d < dim; d += kUnitColumns) {
     const Int8* values = together + d * 4;
     by_unit_blocks(queries.count, [&](int64_t first, int64_t count) {
-      const float* weights = queries.scores + first * kTile;
+      const float* weights = queries.scores + first * kTokens;
       unit.begin(int(count), kUnitWords);
-      unit.add<uint8_t, int8_t>(weights, kTile * sizeof *weights, values, values + 4 * kLanes, 4 * dim);
+      for (int64_t t = 0; t < tile.num_scores(); t += kStep) {
+        const Int8* of_step = values + t * dim;
+        unit.add<uint8_t, int8_t>(weights + t / 4, kTokens * sizeof *weights, of_step, of_step + 4 * kLanes, 4 * dim);
+      }
       unit.store_sums(sums);
       for (int64_t r = 0; r < count; ++r) {
-        const float factor = weights[r * kTile + kTile / 4];
+        const float factor = weights[r * kTokens + tile.num_scores() / 4];
         for (int n = 0; n < 2; ++n) {
           float* to = queries.acc + (first + r) * dim + d + n * kLanes;
           const Int sum = read<Int>(sums + r * kUnitColumns + n * kLanes);
@@ -227,13 +239,15 @@ void attend(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<In
   const Int8* scales[kParts];
   for (int64_t part = 0; part < kParts; ++part) scales[part] = tile.v[part] + head_at + dim * kPart;
   const auto take_weights = [&] {
-    queries.take_weights(first, tile.size, dim, mask, softcap,
-                         [&](float* row, float largest) { return weigh_row8(row, largest, scales); });
+    queries.take_weights(tile, first, dim, mask, softcap, [&](float* row, float largest) {
+      return weigh_row8(row, largest, tile.num_scores(), scales);
+    });
   };
   if (queries.count <= kBlockRows) {
     score8<true>(cache, tile, next, head_at, queries);
     take_weights();
     add_values8<true>(cache, tile, next, head_at, queries);
+    next.prefetch_keys(cache, head, tile.num_scores());
     next.prefetch_values(cache, head, tile.size);
     return;
   }
@@ -250,6 +264,6 @@ void attend(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<In
     take_weights();
     add_values8<false>(cache, tile, next, head_at, queries);
   }
-  next.prefetch_keys(cache, head);
+  next.prefetch_keys(cache, head, 0);
   next.prefetch_values(cache, head, 0);
 }

@@ -5,6 +5,7 @@
 #include "attend.h"
 #include "parallel.h"
 #include "recording.h"
+#include "scratch.h"
 
 namespace {
 
@@ -18,8 +19,11 @@ bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile
                  float v_scale) {
   const int64_t dim = cache.dim, rows = tile_of_q.count * group;
   using Term = TermOf<T>;
-  std::vector<float> scratch(3 * rows * dim + rows * kTile + attend_scratch<T>(dim));
-  float *total = &scratch[0], *acc = total + rows * dim, *scores = acc + rows * dim, *scaled = scores + rows * kTile;
+  constexpr int64_t kTokens = Tile<T>::kMost;
+  static thread_local Scratch<float> scratch;
+  float* const total = scratch.of(3 * rows * dim + rows * kTokens + attend_scratch<T>(dim));
+  float *acc = total + rows * dim, *scores = acc + rows * dim, *scaled = scores + rows * kTokens;
+  std::fill(total, scores, 0.0f);
   auto* terms = reinterpret_cast<Term*>(scaled);
   float* laid_out = scaled + rows * dim;
   std::vector<Softmax> totals(rows), softmax(rows);
@@ -31,8 +35,8 @@ bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile
   const Queries<Term> queries{terms, scores, softmax.data(), acc, rows};
   const int64_t end = tile_of_q.position + tile_of_q.count;
   const int64_t begin = window > 0 ? std::max<int64_t>(0, tile_of_q.position - window + 1) : 0;
-  const int64_t start = begin / kTile * kTile;
-  const auto end_of_tile = [&](int64_t at) { return std::min({at + kTile, (at / kShare + 1) * kShare, end}); };
+  const int64_t start = begin / kTokens * kTokens;
+  const auto end_of_tile = [&](int64_t at) { return std::min({at + kTokens, (at / kShare + 1) * kShare, end}); };
   Tile<T> tile, next;
   if (!tile.find(cache, tile_of_q.sequence, start, begin, end_of_tile(start))) return false;
   for (int64_t at = start; at < end; at = end_of_tile(at), tile = next) {
@@ -76,7 +80,7 @@ int64_t unified(const Q* q, Q* out, const PagedCache<T>& cache, const int32_t* c
         tiles.push_back({s, head, at, std::min(most, end - at), length - (end - at)});
       }
     }
-    work += (end - begin) * std::min(length, window > 0 ? window + kTile : length);
+    work += (end - begin) * std::min(length, window > 0 ? window + Tile<T>::kMost : length);
   }
   zero_until(tokens);
   std::atomic<int64_t> fault{kDone};

@@ -8,6 +8,7 @@
 #include "attend.h"
 #include "parallel.h"
 #include "recording.h"
+#include "scratch.h"
 
 namespace {
 
@@ -125,17 +126,19 @@ class Decode {
     const int64_t dim = cache_.dim;
     int64_t most = 1;
     for (int64_t item = begin; item < end; ++item) most = std::max(most, items_[item].count);
-    std::vector<float> scratch(most * (heads_ * 2 * dim + group_ * kTile) + attend_scratch<T>(dim));
+    constexpr int64_t kTokens = Tile<T>::kMost;
+    static thread_local Scratch<float> scratch;
     std::vector<Softmax> softmax(most * heads_);
-    float *scaled = &scratch[0], *acc = scaled + most * heads_ * dim, *scores = acc + most * heads_ * dim;
+    float* const scaled = scratch.of(most * (heads_ * 2 * dim + group_ * kTokens) + attend_scratch<T>(dim));
+    float *acc = scaled + most * heads_ * dim, *scores = acc + most * heads_ * dim;
     auto* terms = reinterpret_cast<Term*>(scaled);
-    float* laid_out = scores + most * group_ * kTile;
+    float* laid_out = scores + most * group_ * kTokens;
     Tile<T> tile, next;
     const auto first_of = [&](int64_t item) -> const Share& { return shares_[order_[items_[item].first]]; };
     const auto find = [&](Tile<T>& to, const Share& share, int64_t at) {
       return to.find(cache_, share.sequence, at, share.begin, share.end);
     };
-    if (!find(tile, first_of(begin), first_of(begin).begin / kTile * kTile)) return first_of(begin).sequence;
+    if (!find(tile, first_of(begin), first_of(begin).begin / kTokens * kTokens)) return first_of(begin).sequence;
     next = tile;
     for (int64_t item = begin; item < end; ++item) {
       const Share& share = first_of(item);
@@ -143,12 +146,12 @@ class Decode {
       load_queries(items_[item], terms);
       std::fill(acc, acc + together * heads_ * dim, 0.0f);
       std::fill(softmax.begin(), softmax.begin() + together * heads_, Softmax());
-      for (int64_t at = share.begin / kTile * kTile; at < share.end; at += kTile) {
-        if (at + kTile < share.end) {
-          if (!find(next, share, at + kTile)) return share.sequence;
+      for (int64_t at = share.begin / kTokens * kTokens; at < share.end; at += kTokens) {
+        if (at + kTokens < share.end) {
+          if (!find(next, share, at + kTokens)) return share.sequence;
         } else if (item + 1 < end) {
           const Share& then = first_of(item + 1);
-          if (!find(next, then, then.begin / kTile * kTile)) return then.sequence;
+          if (!find(next, then, then.begin / kTokens * kTokens)) return then.sequence;
         }
         for (int64_t head = 0; head < cache_.heads; ++head) {
           const int64_t row = head * rows;

@@ -53,22 +53,22 @@ bool products_of_bytes_are_right() {
 // Attention of many rows over keys and values of 8 bits, which the matrix unit may compute, and of each row alone: True
 // if they are the same, bit by bit.
 bool rows_of_attention_are_the_same() {
-  constexpr int64_t dim = 96, m = 49, first = 2, tokens = 61;
+  constexpr int64_t dim = 96, m = 49, first = 2, tokens = 150, kTokens = Tile<Int8>::kMost;
   const int64_t size = query_size<Quad>(dim);
   Random random;
   const auto codes_and_scales = [&](float scale) {
-    std::vector<Int8> of_part(kParts * kPart * row_size8(dim));
-    for (Int8& byte : of_part) byte.code = int8_t(random.whole(-127, 127));
-    for (int64_t token = 0; token < kTile; ++token) {
+    std::vector<Int8> of_parts(kTokens * row_size8(dim));
+    for (Int8& byte : of_parts) byte.code = int8_t(random.whole(-127, 127));
+    for (int64_t token = 0; token < kTokens; ++token) {
       const float own = scale * float(1 + token % 3);
-      Int8* const part = &of_part[token / kPart * kPart * row_size8(dim)];
+      Int8* const part = &of_parts[token / kPart * kPart * row_size8(dim)];
       std::memcpy(part + dim * kPart + token % kPart * sizeof own, &own, sizeof own);
     }
-    return of_part;
+    return of_parts;
   };
   const std::vector<Int8> keys = codes_and_scales(0.01f), values = codes_and_scales(1);
   const int32_t block = 0;
-  const PagedCache<Int8> cache{keys.data(), values.data(), &block, 1, 1, 1, kTile, 1, dim};
+  const PagedCache<Int8> cache{keys.data(), values.data(), &block, 1, 1, 1, kTokens, 1, dim};
   Tile<Int8> tile;
   if (!tile.find(cache, 0, 0, first, tokens)) return false;
   std::vector<Quad> q(m * size);
@@ -77,7 +77,7 @@ bool rows_of_attention_are_the_same() {
     for (float& number : numbers) number = random.number();
     load_query(numbers, &q[row * size], 0.1f, dim);
   }
-  std::vector<float> scores(m * kTile), scratch(attend_scratch<Int8>(dim)), together(m * dim), alone(m * dim);
+  std::vector<float> scores(m * kTokens), scratch(attend_scratch<Int8>(dim)), together(m * dim), alone(m * dim);
   std::vector<Softmax> softmax(m), softmax_alone(m);
   const auto attend_to = [&](int64_t row, int64_t rows, std::vector<Softmax>& sums, std::vector<float>& acc) {
     const Queries<Quad> queries{&q[row * size], scores.data(), &sums[row], &acc[row * dim], rows};

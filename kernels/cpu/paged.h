@@ -9,9 +9,19 @@
 #include "multiply.h"
 #include "cache8.h"
 
-// Tokens that are attended to before the running maximum is renewed. Their keys and values stay in the core's cache.
+// Keys that are added up by themselves: a long sequence is shared by threads, a common prefix is computed once. The
+// result of a row depends on its sequence alone, so a prompt gives what decoding gave.
+constexpr int64_t kShare = 256;
+// Tokens of a tile: after each tile the running maximum of a row is renewed. Keys and values that are laid out as terms
+// should stay in the core's first-level cache. Bytes are read where they are; with AVX-512 longer tiles are faster, as
+// the work per row and tile (sums over vectors, scaling what was added up before) counts for less. With AVX2 they are
+// slower: its shorter vectors read values in several passes.
+template <class Term>
 constexpr int64_t kTile = 64;
-constexpr int64_t kParts = kTile / kPart;
+template <>
+constexpr int64_t kTile<Quad> = kLanes == 16 ? kShare : 64;
+// Scores are computed for multiples of this number of tokens, but not for all of a tile that has fewer tokens.
+constexpr int64_t kStep = 64;
 // Rows, a row being a query of one head, that meet a tile together: enough to pay for laying out its keys.
 constexpr int64_t kRows = 96;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
@@ -29,18 +39,24 @@ struct PagedCache {
   int64_t width() const { return heads * (std::is_same_v<T, Int8> ? row_size8(dim) : dim); }
 };
 
-// Where the keys and values of up to kTile consecutive tokens of all heads are. Parts of which no token was asked for
-// are those of one that was: what may stand in other blocks is never read.
+// Where the keys and values of up to kMost consecutive tokens of all heads are. Parts of which no token was asked for are
+// those of one that was: what may stand in other blocks is never read.
 template <class T>
 struct Tile {
+  static constexpr int64_t kMost = kTile<TermOf<T>>;
+  static constexpr int64_t kParts = kMost / kPart;
+
   const T* k[kParts];
   const T* v[kParts];
   int64_t size;  // tokens
 
-  // Tokens first .. end - 1 of those from `begin` on, a multiple of kTile: so a row meets the same tiles whatever is
+  // Of how many tokens there are scores.
+  int64_t num_scores() const { return (size + kStep - 1) / kStep * kStep; }
+
+  // Tokens first .. end - 1 of those from `begin` on, a multiple of kMost: so a row meets the same tiles whatever is
   // beside it. False when the table names a block that is not there.
   bool find(const PagedCache<T>& cache, int64_t sequence, int64_t begin, int64_t first, int64_t end) {
-    size = std::min(end - begin, kTile);
+    size = std::min(end - begin, kMost);
     const int32_t* blocks = cache.block_table + sequence * cache.table_stride;
     const int64_t width = cache.width();
     for (int64_t part = 0; part < kParts; ++part) {
@@ -56,11 +72,11 @@ struct Tile {
     return true;
   }
 
-  // Ask for keys of a head, and for values of tokens from `begin` on.
-  void prefetch_keys(const PagedCache<T>& cache, int64_t head) const {
-    if constexpr (std::is_same_v<T, Int8>) return prefetch_parts(k, cache, head, 0);
+  // Ask for keys and for values of a head, of tokens from `begin` on, a multiple of kPart.
+  void prefetch_keys(const PagedCache<T>& cache, int64_t head, int64_t begin) const {
+    if constexpr (std::is_same_v<T, Int8>) return prefetch_parts(k, cache, head, begin);
     const int64_t step = std::max<int64_t>(1, 64 / (cache.page * sizeof(T)));
-    for (int64_t t = 0; t < size; t += kPart) {
+    for (int64_t t = begin; t < size; t += kPart) {
       for (int64_t d = head * cache.dim; d < (head + 1) * cache.dim; d += step) ask_for(k[t / kPart] + d * cache.page);
     }
   }
@@ -90,16 +106,17 @@ struct Softmax {
   float total = 0;
 };
 
-// Turns scores [count, kTile] into weights relative to the largest one of a row, by `weigh(row, largest)`, which returns
-// their sum, and adds them to the rows' softmaxes; shrunk [count] is what weights before are multiplied by. `count` is
-// at most kLanes: what takes long for one row, the next ones do meanwhile.
-template <class Weigh>
-inline void add_scores(Softmax* rows, int64_t count, float* scores, float softcap, float* shrunk, const Weigh& weigh) {
+// Turns the first num_scores of scores [count, kTile] into weights relative to the largest one of a row, by
+// `weigh(row, largest)`, which returns their sum, and adds them to the rows' softmaxes; shrunk [count] is what weights
+// before are multiplied by. `count` is at most kLanes: what takes long for one row, the next ones do meanwhile.
+template <class Term, class Weigh>
+inline void add_scores(Softmax* rows, int64_t count, float* scores, int64_t num_scores, float softcap, float* shrunk,
+                       const Weigh& weigh) {
   float before[kLanes] = {}, largest[kLanes] = {}, factors[kLanes];
   for (int64_t r = 0; r < count; ++r) {
-    float* row = scores + r * kTile;
+    float* row = scores + r * kTile<Term>;
     Vec most = splat(rows[r].largest);
-    for (int64_t i = 0; i < kTile; i += kLanes) {
+    for (int64_t i = 0; i < num_scores; i += kLanes) {
       Vec score = load(row + i);
       if (softcap != 0) {
         score = score == kMasked ? score : tanh(score / softcap) * softcap;
@@ -111,12 +128,12 @@ inline void add_scores(Softmax* rows, int64_t count, float* scores, float softca
     largest[r] = maximum(most);
   }
   const Vec was = load(before), is = load(largest);
-  store(factors, was == is ? splat(1) : exp(was - is));
+  store(factors, was == is || was == kMasked ? splat(1) : exp(was - is));  // there is nothing to shrink yet
   for (int64_t r = 0; r < count; ++r) {
-    float* row = scores + r * kTile;
+    float* row = scores + r * kTile<Term>;
     shrunk[r] = factors[r];
     if (largest[r] == kMasked) {  // nothing was seen yet
-      std::fill(row, row + kTile, 0.0f);
+      std::fill(row, row + num_scores, 0.0f);
       continue;
     }
     rows[r] = {largest[r], rows[r].total * factors[r] + weigh(row, largest[r])};
@@ -128,17 +145,13 @@ template <class Term>
 inline float weigh_row(float* row, float largest) {
   Vec weights = {};
   auto* elements = reinterpret_cast<Element<Term>*>(row);  // never ahead of the scores that are read
-  for (int64_t i = 0; i < kTile; i += kLanes) {
+  for (int64_t i = 0; i < kTile<Term>; i += kLanes) {
     const Vec weight = exp(load(row + i) - largest);
     weights += weight;
     store_element(elements + i, weight);
   }
   return sum(weights);
 }
-
-// Keys that are added up by themselves: a long sequence is shared by threads, a beginning in common is computed once.
-// What a row comes to depends on nothing but its sequence, so that a prompt gives what decoding gave.
-constexpr int64_t kShare = 256;
 
 // Adds what the next share came to, a softmax and values [dim], to what those before it did.
 inline void merge(Softmax& into, float* acc, const Softmax& share, const float* values, int64_t dim) {
@@ -175,12 +188,12 @@ inline void load_query(const Q* q, Term* to, float scale, int64_t dim) {
 struct CausalMask {
   int64_t position, group, window, size;
 
-  void operator()(int64_t r, float* row) const {
+  void operator()(int64_t r, float* row, int64_t num_scores) const {
     if (group == 0) return;
     const int64_t at = position + r / group, live = std::clamp<int64_t>(at + 1, 0, size);
     const int64_t left = window > 0 ? std::clamp<int64_t>(at - window + 1, 0, live) : 0;
     std::fill(row, row + left, kMasked);
-    std::fill(row + live, row + kTile, kMasked);
+    std::fill(row + live, row + num_scores, kMasked);
   }
 };
 
@@ -194,21 +207,22 @@ struct Queries {
   float* acc;
   int64_t count;
 
-  // Turns scores of tokens first .. end_of_tile - 1 that the mask does not hide into weights, by `weigh`, and what was
+  // Turns scores of tokens first .. tile.size - 1 that the mask does not hide into weights, by `weigh`, and what was
   // added up before into what it is beside them.
-  template <class Weigh>
-  void take_weights(int64_t first, int64_t end_of_tile, int64_t dim, const CausalMask& mask, float softcap,
+  template <class T, class Weigh>
+  void take_weights(const Tile<T>& tile, int64_t first, int64_t dim, const CausalMask& mask, float softcap,
                     const Weigh& weigh) const {
+    const int64_t num_scores = tile.num_scores();
     for (int64_t begin = 0, end; begin < count; begin = end) {
       end = std::min(begin + kLanes, count);
       for (int64_t r = begin; r < end; ++r) {
-        float* row = scores + r * kTile;
+        float* row = scores + r * kTile<Term>;
         std::fill(row, row + first, kMasked);
-        std::fill(row + end_of_tile, row + kTile, kMasked);
-        mask(r, row);
+        std::fill(row + tile.size, row + num_scores, kMasked);
+        mask(r, row, num_scores);
       }
       float shrunk[kLanes];
-      add_scores(softmax + begin, end - begin, scores + begin * kTile, softcap, shrunk, weigh);
+      add_scores<Term>(softmax + begin, end - begin, scores + begin * kTile<Term>, num_scores, softcap, shrunk, weigh);
       for (int64_t r = begin; r < end; ++r) {
         if (shrunk[r - begin] != 1) copy_scaled(acc + r * dim, acc + r * dim, shrunk[r - begin], dim);
       }

@@ -17,6 +17,15 @@ inline Int round_to_codes(Vec x, float inverse) {
   return bit_cast<Int>(x * inverse + 12582912.0f) - 0x4B400000;  // it lands in the low bits
 }
 
+// The same codes as bytes.
+inline Byte round_to_bytes(Vec x, float inverse) {
+#if defined(__AVX512F__)  // which keeps the low bits; compilers make no one instruction of a conversion that does
+  return bit_cast<Byte>(_mm512_cvtepi32_epi8(bit_cast<__m512i>(x * inverse + 12582912.0f)));
+#else
+  return __builtin_convertvector(round_to_codes(x, inverse), Byte);
+#endif
+}
+
 // The lanes of a vector put together.
 template <class Join>
 inline int32_t joined(Int v, Join join) {

@@ -61,7 +61,15 @@ inline V read(const void* p) {
 }
 
 inline Vec splat(float value) { return value - Vec{}; }  // not +, which compilers must compute: -0 + 0 is 0
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// The larger ones of a and b; those of b where one of them is no number.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)  // compilers take two instructions for what else would be written
+  return bit_cast<Vec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline Vec load(const float* p) { return read<Vec>(p); }
 

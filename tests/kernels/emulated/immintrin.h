@@ -135,7 +135,23 @@ inline __m512 roundscale_ps(__m512 a, int) {
 
 inline __m512 scalef_ps(__m512 a, __m512 b) {
   const auto x = lanes<float>(a), y = lanes<float>(b);
-  return made_of<__m512, float>([&](int i) { return std::ldexp(x.at[i], int(std::floor(y.at[i]))); });
+  return made_of<__m512, float>([&](int i) {
+    return std::ldexp(x.at[i], int(std::floor(std::fmin(std::fmax(y.at[i], -1000.0f), 1000.0f))));
+  });
+}
+
+inline __m128i cvtepi32_epi8(__m512i a) {
+  const auto x = lanes<int32_t>(a);
+  uint8_t narrow[16];
+  for (int i = 0; i < 16; ++i) narrow[i] = uint8_t(x.at[i]);
+  return as<__m128i>(narrow);
+}
+
+// Less the whole number below it: the one way of rounding that is used.
+inline __m512 reduce_ps(__m512 a, int way) {
+  if (way != (_MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)) std::abort();
+  const auto x = lanes<float>(a);
+  return made_of<__m512, float>([&](int i) { return std::isinf(x.at[i]) ? 0.0f : x.at[i] - std::floor(x.at[i]); });
 }
 
 inline int16_t saturated(int32_t x) { return int16_t(x > 32767 ? 32767 : x < -32768 ? -32768 : x); }
@@ -356,6 +372,7 @@ inline long system_call(long, long code, long feature) {
 
 #undef _mm512_cvtps_ph
 #undef _mm512_inserti64x4
+#undef _mm512_reduce_ps
 #undef _mm512_roundscale_ps
 #undef _mm512_slli_epi32
 #undef _tile_dpbf16ps
@@ -367,6 +384,7 @@ inline long system_call(long, long code, long feature) {
 #define _mm256_dpbusd_avx_epi32 emulated::dpbusd_avx_epi32
 #define _mm512_abs_epi8 emulated::abs_epi8
 #define _mm512_castsi256_si512 emulated::castsi256_si512
+#define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
@@ -382,6 +400,7 @@ inline long system_call(long, long code, long feature) {
 #define _mm512_min_ps emulated::min_ps
 #define _mm512_movepi8_mask emulated::movepi8_mask
 #define _mm512_permutexvar_epi16 emulated::permutexvar_epi16
+#define _mm512_reduce_ps emulated::reduce_ps
 #define _mm512_roundscale_ps emulated::roundscale_ps
 #define _mm512_scalef_ps emulated::scalef_ps
 #define _mm512_set1_epi16 emulated::set1_epi16
