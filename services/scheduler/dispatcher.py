@@ -60,12 +60,12 @@ class Dispatcher:
     @property
     def is_awaited(self) -> bool:
         """True while requests may wait for the model: it has executors that are ready or expected to become ready."""
-        return bool(self.model and self.fleet.replicas) and not self.placement.outage.is_given_up
+        return bool(self.model and self.fleet.replicas) and not self.placement.outages.of_all.is_given_up
 
     def give_away(self, replica: ReplicaLink) -> None:
         """Release an executor that is not ready to the dispatcher of another model."""
         self.fleet.give_away(replica)
-        self.placement.outage.update(is_ready=bool(self.fleet.ready), is_reachable=self.fleet.is_reachable)
+        self.placement.outages.update()
 
     def describe(self) -> scheduler_pb2.ModelState:
         """Return the model's counts for GetState."""

@@ -76,7 +76,7 @@ class Dispatchers:
         An empty name stands for the first model.
         """
         found = self._of_model(model) or self._first
-        found.placement.outage.turned_away_at = asyncio.get_running_loop().time()
+        found.placement.outages.of_all.turn_away()
 
     @property
     def replicas(self) -> dict[str, ReplicaLink]:
@@ -128,7 +128,7 @@ class Dispatchers:
                 while (found := self._find(hello)) is None:
                     self._changed.clear()
                     await self._changed.wait()
-                await found.placement.outage.wait_decided(patience)
+                await found.placement.outages.of_all.wait_decided(patience)
         except TimeoutError:
             pass
         found = self._find(hello)  # again, because a model may have been added during the wait

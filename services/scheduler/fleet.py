@@ -95,6 +95,13 @@ class Fleet:
         """True if some executor answers and is expected to take requests soon."""
         return bool(self._reachable)
 
+    @property
+    def may_take_grammars(self) -> bool:
+        """True if some executor answers and may take requests with grammars soon: all that answer, except those that
+        are ready and take none.
+        """
+        return len(self._reachable) > self.router.num_without_grammars
+
     def make_welcome(self, instance_id: str) -> link_pb2.Welcome:
         """Make the Welcome of a client link, with the limits that every ready executor supports. Raises StatusError
         UNAVAILABLE if none is ready.
@@ -115,21 +122,6 @@ class Fleet:
             load=client_load(draining=False),
             grammars=True,  # the router sends grammars only to executors that take them
         )
-
-    def check(self, request: Request, *, is_given_up: bool) -> None:
-        """Check that a request may be queued.
-
-        Raises:
-            StatusError: UNAVAILABLE once the wait for an executor was given up; UNIMPLEMENTED if no ready executor
-                supports what the request asks for.
-        """
-        if is_given_up:
-            raise self.describe_absence()
-        if not self.router.can_any_run(needs_grammars=request.needs_grammars):
-            message = (
-                "structured_output: no executor can keep to one: they have no tokenizer, or are of an older version"
-            )
-            raise StatusError(grpc.StatusCode.UNIMPLEMENTED, message, field="structured_output")
 
     def route(self, request: Request, *, num_requests: int, now: float, may_wait: bool) -> ReplicaLink | Verdict:
         """Choose the executor of a request.
@@ -157,12 +149,29 @@ class Fleet:
 
     def describe_absence(self) -> StatusError:
         """Return the error that says why no request can run."""
+        model = f" for model {self.identity.model!r}" if self.identity is not None else ""
+        message = f"no executor is available{model} ({self._list_reasons()})"
+        return StatusError.unavailable(message, retry_after=_RETRY_AFTER)
+
+    def describe_absence_of_grammars(self) -> StatusError:
+        """Return the error that says why no request with a grammar can run: UNIMPLEMENTED if all executors are ready
+        and take none, UNAVAILABLE while some are not ready.
+        """
+        if 0 < len(self.ready) == len(self.replicas):
+            message = (
+                "structured_output: no executor can keep to one: they have no tokenizer, or are of an older version"
+            )
+            return StatusError(grpc.StatusCode.UNIMPLEMENTED, message, field="structured_output")
+        message = f"structured_output: no executor that can keep to one is available ({self._list_reasons()})"
+        return StatusError.unavailable(message, retry_after=_RETRY_AFTER)
+
+    def _list_reasons(self) -> str:
+        """Return the reason why each executor takes no request, for the first few of them."""
         some = islice(self.replicas.values(), _MOST_REASONS)
         reasons = "; ".join(f"{replica.address}: {_why(replica)}" for replica in some) or "none is known"
         if (num_others := len(self.replicas) - _MOST_REASONS) > 0:
             reasons += f"; and {num_others} others"
-        model = f" for model {self.identity.model!r}" if self.identity is not None else ""
-        return StatusError.unavailable(f"no executor is available{model} ({reasons})", retry_after=_RETRY_AFTER)
+        return reasons
 
     # ExecutorSet: which executors there are.
 
@@ -281,6 +290,8 @@ def _incompatible(message: str) -> StatusError:
 
 
 def _why(replica: ReplicaLink) -> str:
+    if replica.is_ready:
+        return "ready, but without grammars"
     if replica.phase == scheduler_pb2.EXECUTOR_PHASE_DRAINING:
         return "leaving"
     return replica.last_error.removeprefix(f"{replica.address}: ") or "connecting"

@@ -63,10 +63,9 @@ class Outage:
                 limit = min(limit, self._unreachable_since + self._grace)
             self._timer = self._loop.call_at(limit, self._give_up)
 
-    def note_request(self, now: float) -> None:
-        """Record, for scaling, that a request is refused because the wait for an executor was given up."""
-        if self.is_given_up:
-            self.turned_away_at = now
+    def turn_away(self) -> None:
+        """Record, for scaling, that a request is refused."""
+        self.turned_away_at = self._loop.time()
 
     async def wait_decided(self, timeout: float) -> None:
         """Wait until an executor is ready or the wait for one is given up, no longer than `timeout` seconds."""

@@ -16,7 +16,7 @@ from scalellm.services.scheduler.affinity_store import AffinityStore
 from scalellm.services.scheduler.books import Books
 from scalellm.services.scheduler.config import SchedulerSettings
 from scalellm.services.scheduler.fleet import Fleet
-from scalellm.services.scheduler.outage import Outage
+from scalellm.services.scheduler.outages import Outages
 from scalellm.services.scheduler.prefix_index import block_hashes
 from scalellm.services.scheduler.quarantine import Quarantine
 from scalellm.services.scheduler.rates import DrainRate
@@ -55,7 +55,7 @@ class Placement:
             settings.max_queued_requests, settings.max_queued_tokens, self.service
         )
         self.books = Books()
-        self.outage = Outage(settings.executor_grace_s, settings.engine_restart_limit_s, self._on_given_up)
+        self.outages = Outages(settings, fleet, self._on_given_up)
         self.on_new_model: Callable[[], None] = lambda: None
         """Called when another model has replaced the one that the executors served."""
         self.on_executors_changed: Callable[[], None] = lambda: None
@@ -78,11 +78,11 @@ class Placement:
     def start(self) -> None:
         """Start. The grace period for the first executor begins now."""
         self._fleet.start(self)
-        self.outage.update(is_ready=False, is_reachable=False)
+        self.outages.update()
 
     def stop(self) -> None:
-        """Stop the timer of the outage."""
-        self.outage.stop()
+        """Stop the timers of the outages."""
+        self.outages.stop()
 
     # Calls of clients, by way of Intake.
 
@@ -97,8 +97,8 @@ class Placement:
 
     def enter(self, request: Request, now: float) -> None:
         """Queue a request that was counted in. Raises StatusError if it is refused; the caller then ends it."""
-        self.outage.note_request(now)
-        self._fleet.check(request, is_given_up=self.outage.is_given_up)
+        if (error := self.outages.refusal(request)) is not None:
+            raise error
         self.quarantine.check(request.submit, now)
         if request.submit.attempt:
             self.queue.put_back(request)
@@ -178,11 +178,11 @@ class Placement:
             self.on_new_model()
 
     def replica_changed(self, replica: ReplicaLink) -> None:
-        """Update the fleet and the outage after an executor began or ceased to take requests, or left."""
+        """Update the fleet and the outages after an executor began or ceased to take requests, or left."""
         changed = self._fleet.refresh(replica)
         if not replica.running:
             self._uncharged.pop(replica, None)
-        self.outage.update(is_ready=bool(self._fleet.ready), is_reachable=self._fleet.is_reachable)
+        self.outages.update()
         if changed:
             self._heartbeat.beat(has_work=not self._idle.is_set())  # requests may have waited long for an executor
             self._rate.reset()  # it was measured with other executors
@@ -234,13 +234,10 @@ class Placement:
     # The way of a request.
 
     def _on_given_up(self) -> None:
-        """End all queued requests, because no executor came back in time."""
-        error = self._fleet.describe_absence()
-        level = logging.INFO if self._fleet.identity is None else logging.ERROR  # no model yet: still starting
-        _log.log(level, "requests end with UNAVAILABLE: %s", error.message)
+        """End the queued requests for which no executor came back in time."""
         for request in list(self.queue.in_order()):
-            self.outage.note_request(self._loop.time())
-            self.end(request, request.make_finish(error))
+            if (error := self.outages.refusal(request)) is not None:
+                self.end(request, request.make_finish(error))
         self.on_executors_changed()
 
     def _schedule_pump(self) -> None:
@@ -268,6 +265,9 @@ class Placement:
         held_back = bool(self.queue and self._fleet.ready) and not self._router.has_credit()
         self._rate.update(now, len(sent), sum(request.num_prompt_tokens for request in sent), held_back)
         self._fleet.announce_demand(self.demand())
+        # The executors that are ready have stalled only if there is something that they could do.
+        if self.books.num_open == len(self.queue) and all(map(self.outages.holds, self.queue.in_order())):
+            self._heartbeat.beat(has_work=False)
 
     def _charge_outputs(self) -> None:
         for replica in self._uncharged:
@@ -379,8 +379,8 @@ class Placement:
         client = request.client
         if client.cancelled is not None or client.progress.all_ended:
             self.end(request, request.make_finish(client.cancelled))
-        elif self.outage.is_given_up:
-            self.end(request, request.make_finish(self._fleet.describe_absence()))
+        elif (error := self.outages.refusal(request)) is not None:
+            self.end(request, request.make_finish(error))
         else:
             request.requeue(lost=lost)
             self.queue.put_back(request)

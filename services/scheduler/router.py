@@ -92,6 +92,16 @@ class Router:
         """True if some executor takes another request now."""
         return bool(self._takes)
 
+    @property
+    def takes_grammars(self) -> bool:
+        """True if some executor takes grammars."""
+        return bool(self._knows_grammars)
+
+    @property
+    def num_without_grammars(self) -> int:
+        """Number of executors that take no grammars."""
+        return (self._ready & ~self._knows_grammars).bit_count()
+
     # Executors that join, leave and change.
 
     def join(self, replica: ReplicaLink) -> None:
@@ -143,12 +153,6 @@ class Router:
             self._takes |= entry.bit
 
     # Choice of an executor.
-
-    def can_any_run(self, *, needs_grammars: bool) -> bool:
-        """True if some ready executor supports all features of a request, or none is ready, so that it may wait for
-        one.
-        """
-        return not self._ready or not needs_grammars or bool(self._knows_grammars)
 
     def route(
         self,

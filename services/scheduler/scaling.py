@@ -124,7 +124,7 @@ class _Part:
     @property
     def is_wanted_at(self) -> float:
         """Time at which a request last needed an executor, in seconds of the event loop; infinite while any is open."""
-        return math.inf if self.placement.books.num_open else self.placement.outage.turned_away_at
+        return math.inf if self.placement.books.num_open else self.placement.outages.of_all.turned_away_at
 
     def oldest(self, now: float) -> float:
         """Return the seconds that the oldest queued request has waited; 0 if none waits."""

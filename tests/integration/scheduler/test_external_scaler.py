@@ -52,7 +52,7 @@ async def test_a_request_that_finds_no_executor_wants_one(make_line, eventually)
     line = await make_line()
     await line.executors[0].die()
     (dispatcher,) = line.server.dispatchers
-    await eventually(lambda: dispatcher.placement.outage.is_given_up)
+    await eventually(lambda: dispatcher.placement.outages.of_all.is_given_up)
     async with grpc.aio.insecure_channel(line.server.address) as channel:
         assert not await Keda(channel).is_active()
         refused = await line.edge.submit(10, 5)
@@ -64,7 +64,7 @@ async def test_a_request_that_finds_no_executor_wants_one(make_line, eventually)
 
 async def test_a_worker_whose_link_nobody_takes_tells_of_its_requests(make_scheduler, make_edge, eventually):
     server = await make_scheduler()
-    await eventually(lambda: all(each.placement.outage.is_given_up for each in server.dispatchers))
+    await eventually(lambda: all(each.placement.outages.of_all.is_given_up for each in server.dispatchers))
     async with grpc.aio.insecure_channel(server.address) as channel:
         keda = Keda(channel)
         for unserved, is_active in ((0, False), (2, True)):

@@ -201,7 +201,9 @@ def test_an_executor_that_knows_no_grammars_gets_none():
     assert route([old, new]).instance_id == "old"
     assert route([old, new], needs_grammars=True).instance_id == "new"
     router = Router(PrefixIndex())
-    assert router.can_any_run(needs_grammars=True)  # whoever comes may
     router.join(old)
-    assert not router.can_any_run(needs_grammars=True)
-    assert router.can_any_run(needs_grammars=False)
+    assert (router.takes_grammars, router.num_without_grammars) == (False, 1)
+    router.join(new)
+    assert (router.takes_grammars, router.num_without_grammars) == (True, 1)
+    router.leave(old)
+    assert (router.takes_grammars, router.num_without_grammars) == (True, 0)
