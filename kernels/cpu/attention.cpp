@@ -23,7 +23,6 @@ bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile
   static thread_local Scratch<float> scratch;
   float* const total = scratch.of(3 * rows * dim + rows * kTokens + attend_scratch<T>(dim));
   float *acc = total + rows * dim, *scores = acc + rows * dim, *scaled = scores + rows * kTokens;
-  std::fill(total, scores, 0.0f);
   auto* terms = reinterpret_cast<Term*>(scaled);
   float* laid_out = scaled + rows * dim;
   std::vector<Softmax> totals(rows), softmax(rows);
@@ -43,12 +42,12 @@ bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile
     const int64_t then = end_of_tile(at);
     next = tile;
     if (then < end && !next.find(cache, tile_of_q.sequence, then, begin, end_of_tile(then))) return false;
+    if (at == start || at % kShare == 0) std::fill(acc, acc + rows * dim, 0.0f);
     const CausalMask mask{tile_of_q.position - at, group, window, tile.size};
     attend(cache, tile, next, tile_of_q.head, std::max<int64_t>(0, begin - at), queries, mask, softcap, laid_out);
     if (then % kShare == 0 || then == end) {
       for (int64_t r = 0; r < rows; ++r) merge(totals[r], total + r * dim, softmax[r], acc + r * dim, dim);
       std::fill(softmax.begin(), softmax.end(), Softmax());
-      std::fill(acc, acc + rows * dim, 0.0f);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {

@@ -153,11 +153,18 @@ inline float weigh_row(float* row, float largest) {
   return sum(weights);
 }
 
-// Adds what the next share came to, a softmax and values [dim], to what those before it did.
+// Adds the results of the next share, a softmax and values [dim], to those of the shares before it. Before the first
+// share `acc` is undefined.
 inline void merge(Softmax& into, float* acc, const Softmax& share, const float* values, int64_t dim) {
   if (share.largest == kMasked) return;
+  if (into.largest == kMasked) {
+    into = share;
+    std::copy(values, values + dim, acc);
+    return;
+  }
   const float largest = std::max(into.largest, share.largest);
-  const float shrunk = std::exp(into.largest - largest), weight = std::exp(share.largest - largest);
+  const Vec factors = exp(Vec{into.largest - largest, share.largest - largest});
+  const float shrunk = factors[0], weight = factors[1];
   for (int64_t d = 0; d < dim; d += kLanes) store(acc + d, load(acc + d) * shrunk + load(values + d) * weight);
   into = {largest, into.total * shrunk + share.total * weight};
 }
