@@ -28,6 +28,7 @@ from scalellm.services.executor.engine.request import (
 from scalellm.services.executor.engine.sampling_params import InvalidRequestError, SamplingParams, check_num_logit_bias
 from scalellm.services.executor.engine.step_result import LinkResult
 from scalellm.services.executor.engine_load import load_to_wire
+from scalellm.services.executor.frame_window import TakenFrames
 from scalellm.services.executor.request_trace import TracedRequests
 from scalellm.v1 import common_pb2, link_pb2
 
@@ -101,6 +102,7 @@ class EngineLink:
         self._request_share = self._token_share = 1
         self._most_share = 1
         self.traced = traced
+        self.taken = TakenFrames()
         self._seq = 0
         self._num_accepted = self._accepted_tokens = 0
         self._refused_tokens = 0

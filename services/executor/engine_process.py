@@ -146,6 +146,8 @@ class EngineLoop:
         link = self._links.get(message.link)
         if link is None:  # it was ended for a violation of the protocol
             return
+        if cost := link.taken.add(message.payload):
+            self._channel.send(Message(Kind.TAKEN, message.link, b"%d" % cost))
         demand = link.demand
         try:
             answer = link.on_frame(message.payload, self._clock(), self._draining)

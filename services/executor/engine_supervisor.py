@@ -16,6 +16,7 @@ from scalellm.services.common.health import Heartbeat
 from scalellm.services.common.lifecycle import StartError
 from scalellm.services.common.link import LinkTraffic
 from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.frame_window import FrameWindow
 from scalellm.services.executor.ipc import FrontChannel, Kind, Message
 from scalellm.services.executor.nodes.leader import NodeLeader
 from scalellm.services.executor.rank_group import RankGroup
@@ -35,6 +36,10 @@ _GIVE_BACK_LIMIT = 5.0
 # A link to a starting engine waits, because a refused client would come back too late. Shorter than the limit of a
 # link's handshake, after which the client would consider the executor dead.
 _LINK_PATIENCE = 5.0
+
+# Links that the engine was told of and has not answered, between two steps, although their clients may have left:
+# else a client that opens links and leaves would fill the connection to the engine.
+_MOST_OPENING = 256
 
 
 class EngineEnd(enum.Enum):
@@ -75,6 +80,8 @@ class EngineSupervisor:
         self._settings = settings
         self._on_traced = on_traced
         self._ports: dict[int, LinkPort] = {}
+        self._windows: dict[int, FrameWindow] = {}
+        self._opening: set[int] = set()
         self._next_link = 1
         self._channel: FrontChannel | None = None
         self._process: ChildProcess | None = None
@@ -140,31 +147,46 @@ class EngineSupervisor:
         """Open a link to the engine, waiting some seconds for one that is starting. Returns the link's number.
 
         Raises:
-            StatusError: UNAVAILABLE, with a time to retry, if the engine is still starting.
+            StatusError: UNAVAILABLE, with a time to retry, if the engine is still starting, or opens many links.
         """
         try:
             async with asyncio.timeout(_LINK_PATIENCE):
-                while not self._ready:
+                while not self._ready or len(self._opening) >= _MOST_OPENING:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            raise StatusError.unavailable("the engine is starting", retry_after=_RETRY_AFTER) from None
+            why = f"{_MOST_OPENING} other links are being opened" if self._ready else "the engine is starting"
+            raise StatusError.unavailable(why, retry_after=_RETRY_AFTER) from None
         assert self._channel is not None
         number = self._next_link
         self._next_link += 1
         self._ports[number] = port
+        self._windows[number] = FrameWindow()
+        self._opening.add(number)
         self._channel.send(Message(Kind.OPEN, number, hello))
         return number
 
     def send_frame(self, link: int, frame: bytes) -> None:
         """Pass a client's frame to the engine. Does nothing once the link has ended."""
         if self._channel is not None and link in self._ports:
+            self._windows[link].take(frame)
             self._channel.send(Message(Kind.FRAME, link, frame))
+
+    async def wait_for_room(self, link: int) -> None:
+        """Wait until another frame of a link may be passed to the engine, or the link has ended."""
+        if (window := self._windows.get(link)) is not None:
+            await window.wait()
 
     def close_link(self, link: int) -> None:
         """Close the link of a client that is gone. The engine cancels its requests."""
-        if self._ports.pop(link, None) is not None and self._channel is not None:
+        if self._forget(link) is not None and self._channel is not None:
             self._channel.send(Message(Kind.CLOSE, link))
+
+    def _forget(self, link: int) -> LinkPort | None:
+        """Forget a link that has ended. Returns its port; None if it had ended before."""
+        if (window := self._windows.pop(link, None)) is not None:
+            window.close()
+        return self._ports.pop(link, None)
 
     async def drain(self, limit: float) -> int:
         """Refuse new requests, and wait up to `limit` seconds for the open ones. Returns the number that remain."""
@@ -286,6 +308,9 @@ class EngineSupervisor:
 
     def _on_message(self, message: Message) -> None:
         port = self._ports.get(message.link)
+        if message.kind in (Kind.WELCOME, Kind.REFUSE) and message.link in self._opening:
+            self._opening.discard(message.link)
+            self._changed.set()
         match message.kind:
             case Kind.FRAME:
                 if port is not None:
@@ -303,8 +328,11 @@ class EngineSupervisor:
                 if port is not None:
                     port.on_welcome(message.payload)
             case Kind.REFUSE:
-                if self._ports.pop(message.link, None) is not None and port is not None:
+                if self._forget(message.link) is not None and port is not None:
                     port.on_end(StatusError.from_link(link_pb2.LinkStatus.FromString(message.payload)))
+            case Kind.TAKEN:
+                if (window := self._windows.get(message.link)) is not None:
+                    window.give(int(message.payload))
             case Kind.TRACE:
                 if self._on_traced is not None:
                     self._on_traced(executor_pb2.TracedRequest.FromString(message.payload))
@@ -331,9 +359,10 @@ class EngineSupervisor:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        ports, self._ports = self._ports, {}
-        for port in ports.values():
-            port.on_end(error)
+        self._opening.clear()
+        for link in tuple(self._ports):
+            if (port := self._forget(link)) is not None:
+                port.on_end(error)
         if self._process is not None:
             await self._process.kill()
         self._process = None

@@ -33,7 +33,9 @@ class ExecutorServicer:
             lease = lease_of(read_hello(first), self._settings.lease_s)
             link = await self._supervisor.open_link(first, port)
             welcome = await port.welcome
-            await port.link.run(welcome, frames, context, partial(self._supervisor.send_frame, link), lease)
+            pass_on = partial(self._supervisor.send_frame, link)
+            wait_for_room = partial(self._supervisor.wait_for_room, link)
+            await port.link.run(welcome, frames, context, pass_on, lease, wait_for_room)
             if port.error is not None:
                 raise port.error
         finally:

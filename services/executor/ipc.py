@@ -49,6 +49,9 @@ class Kind(enum.IntEnum):
     """Rank 0 of an engine, to each other rank: the next action of all ranks - RankPlan."""
     NODE = 13
     """Both, between the fronts of an executor's nodes - NodeMessage."""
+    TAKEN = 14
+    """Engine: frames of a link were taken in, so others may follow - their cost (`frame_window`), as a decimal
+    number."""
 
 
 @dataclass(frozen=True, slots=True)

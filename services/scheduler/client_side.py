@@ -42,11 +42,14 @@ class ClientSide:
         self.stopping_samples: dict[int, common_pb2.FinishReason] = {}
         self.cancelled: StatusError | None = None
 
-    def request_end(self, abort: link_pb2.Abort) -> None:
-        """Remember an Abort of the client, in case the executor dies before it answers."""
+    def request_end(self, abort: link_pb2.Abort) -> bool:
+        """Remember an Abort of the client, in case the executor dies before it answers. Returns False if it is of a
+        sample that has ended, or that there is not.
+        """
         if abort.HasField("index"):
-            if abort.index < len(self.emitted) and not self.progress.ended[abort.index]:
-                self.stopping_samples[abort.index] = _ENDS.get(abort.reason, common_pb2.FINISH_REASON_CANCELLED)
+            if abort.index >= len(self.emitted) or self.progress.ended[abort.index]:
+                return False
+            self.stopping_samples[abort.index] = _ENDS.get(abort.reason, common_pb2.FINISH_REASON_CANCELLED)
         elif abort.reason == link_pb2.ABORT_REASON_STOP:
             for index, ended in enumerate(self.progress.ended):
                 if not ended:
@@ -55,6 +58,7 @@ class ClientSide:
             self.cancelled = StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
         else:
             self.cancelled = StatusError(grpc.StatusCode.CANCELLED, "the client cancelled the request")
+        return True
 
     def settle_stopping(self) -> None:
         """Send the client the ends of the samples that it aborted, because their executor is lost and cannot."""

@@ -120,10 +120,10 @@ class Placement:
     def abort(self, request: Request, abort: link_pb2.Abort) -> None:
         """Handle a client's Abort of a request or sample: pass it to the executor, or apply it here while queued."""
         client, executor = request.client, request.executor
-        client.request_end(abort)
+        if not client.request_end(abort):
+            return
         if executor.replica is not None:
-            index = abort.index if abort.HasField("index") else None
-            executor.replica.abort(executor.handle, abort.reason, index)
+            executor.replica.abort(executor.handle, abort.reason, abort.index if abort.HasField("index") else None)
             return
         client.settle_stopping()
         if client.cancelled is not None or client.progress.all_ended:

@@ -154,7 +154,10 @@ class SchedulerLink:
     def release(self, handle: int, reason: link_pb2.AbortReason) -> None:
         """Abort a running request whose results are no longer wanted."""
         self._handles.release(handle)
-        self._client.abort(handle, reason)
+        if self._client.withdraw(handle):
+            self._handles.finish(handle)  # no Finish comes, as the scheduler has not heard of it
+        else:
+            self._client.abort(handle, reason)
 
     def stop_submitting(self, why: str) -> None:
         """Stop sending new requests to the scheduler until the link comes up again."""

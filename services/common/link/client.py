@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -94,7 +94,9 @@ class LinkClient:
         self._dialer = dialer
         self._silence_limit = silence_limit
         self._is_busy = is_busy
-        self._outbox: deque[link_pb2.ClientFrame] = deque()
+        # Submits by their handles, Aborts by handle and sample: an Abort that is repeated while the peer does not read
+        # takes no more room, and the Submit of a request that has ended meanwhile takes none.
+        self._outbox: OrderedDict[int | tuple[int, int | None], link_pb2.ClientFrame] = OrderedDict()
         # only the latest, so that they do not accumulate while the peer does not read
         self._renewal: link_pb2.Renewal | None = None
         self._counts_frames = False
@@ -115,19 +117,24 @@ class LinkClient:
 
     def submit(self, submit: link_pb2.Submit) -> None:
         """Send a request. Must be called only while the link is up."""
-        self._send(link_pb2.ClientFrame(submit=submit))
+        self._send(submit.handle, link_pb2.ClientFrame(submit=submit))
+
+    def withdraw(self, handle: int) -> bool:
+        """Take back a request whose Submit has not left. Returns False if it has: only an Abort ends that request."""
+        return self._outbox.pop(handle, None) is not None
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """End a request, or one sample of it. Does nothing while the link is down, because the peer has lost it."""
-        self._send(link_pb2.ClientFrame(abort=link_pb2.Abort(handle=handle, index=index, reason=reason)))
+        abort = link_pb2.Abort(handle=handle, index=index, reason=reason)
+        self._send((handle, index), link_pb2.ClientFrame(abort=abort))
 
     def announce_demand(self) -> None:
         """Send the current demand with a renewal soon."""
         self._demand_changed.set()
 
-    def _send(self, frame: link_pb2.ClientFrame) -> None:
+    def _send(self, key: int | tuple[int, int | None], frame: link_pb2.ClientFrame) -> None:
         if self._up:
-            self._outbox.append(frame)
+            self._outbox[key] = frame
             self._wake.set()
 
     async def run(self) -> None:
@@ -262,7 +269,7 @@ class LinkClient:
             self._count_due = False
             return link_pb2.ClientFrame(taken=link_pb2.Taken(frames=self._num_read))
         if self._outbox:
-            return self._outbox.popleft()
+            return self._outbox.popitem(last=False)[1]
         renewal, self._renewal = self._renewal, None
         return link_pb2.ClientFrame(renewal=renewal) if renewal is not None else None
 

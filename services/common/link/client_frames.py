@@ -26,6 +26,7 @@ LOWEST_PRIORITY = -100
 
 _PRIORITIES = (LOWEST_PRIORITY, 100)
 _WEIGHTS = (0.01, 100.0)
+_LONGEST_HELLO = 2**14
 _LONGEST_ID = 256
 _LONGEST_SALT = 64
 _LONGEST_DIGEST = 64
@@ -46,6 +47,7 @@ def read_hello(message: bytes) -> link_pb2.Hello:
     """Parse the first frame of a link. Raises StatusError, which ends the link, if it is not a valid Hello, or the
     client's version is too old.
     """
+    _check_size("hello", message, _LONGEST_HELLO)
     frame = parse_client_frame(message)
     if frame.WhichOneof("frame") != "hello":
         raise StatusError.invalid("hello", "must be the first frame of a link")

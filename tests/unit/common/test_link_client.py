@@ -206,6 +206,42 @@ async def test_a_peer_that_ends_the_call_during_a_write_is_asked_again_at_once()
     assert (handler.errors[0].code, handler.errors[0].retry_after) == (grpc.StatusCode.UNAVAILABLE, 0.0)
 
 
+async def test_what_waits_for_a_peer_that_does_not_read_is_of_requests_that_run() -> None:
+    """Clients come and go while their scheduler hangs: only what is of use is kept for it."""
+
+    class Hanging(Call):
+        def __init__(self) -> None:
+            super().__init__()
+            self.goes_on = asyncio.Event()
+
+        async def write(self, message: bytes) -> None:
+            await super().write(message)
+            if len(self.written) > 1:
+                await self.goes_on.wait()
+
+    handler, call = Handler(), Hanging()
+    client = LinkClient("127.0.0.1:1", CONNECT, link_pb2.Hello(), handler, dialer=Dialer(call))
+    running = asyncio.create_task(client.run())
+    await handler.is_up.wait()
+    client.submit(link_pb2.Submit(handle=1))
+    await eventually(lambda: len(call.written) == 2)
+    for handle in range(2, 1000):
+        client.submit(link_pb2.Submit(handle=handle))
+        assert client.withdraw(handle)
+    client.submit(link_pb2.Submit(handle=1000))
+    for _ in range(100):
+        client.abort(1, link_pb2.ABORT_REASON_STOP, 0)
+        client.abort(1, link_pb2.ABORT_REASON_CANCELLED)
+    assert not client.withdraw(1), "it has left"
+    assert len(client._outbox) == 3
+    call.goes_on.set()
+    await eventually(lambda: not client._outbox)
+    await end(running)
+    frames = [frame for frame in call.written[1:] if frame.WhichOneof("frame") != "renewal"]
+    assert [frame.submit.handle for frame in frames if frame.HasField("submit")] == [1, 1000]
+    assert [frame.abort.HasField("index") for frame in frames if frame.HasField("abort")] == [True, False]
+
+
 async def test_a_peer_that_nobody_listens_for_says_no_time_to_retry() -> None:
     """An error without a time to retry: the scheduler waits for such an executor no longer than its grace."""
     handler = Handler()

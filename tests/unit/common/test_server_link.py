@@ -10,7 +10,7 @@ import pytest
 
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.lifecycle import MAX_FRAME_BYTES
-from scalellm.services.common.link import ServerLink
+from scalellm.services.common.link import ServerLink, server
 from scalellm.services.common.silence import until_silent
 from scalellm.v1 import link_pb2
 from service_processes import PATIENCE
@@ -154,6 +154,53 @@ async def test_a_link_whose_client_left_before_its_welcome_is_closed() -> None:
     with pytest.raises(asyncio.CancelledError):
         await link.run(b"welcome", no_frames(), Gone(), lambda frame: None)
     assert link.is_closed
+
+
+async def test_a_client_that_reads_nothing_of_what_it_asks_for_loses_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each Submit that is refused has an answer, however many there are."""
+    monkeypatch.setattr(server, "_MOST_PENDING_BYTES", 1000)
+    link, reader = ServerLink(), SlowReader()
+    serving = asyncio.create_task(link.run(b"", no_frames(), reader, lambda frame: None))
+    link.send(step_frame(0))
+    await settle()
+    for number in range(1000):
+        link.send(step_frame(number))
+    assert sum(map(len, link._pending)) < 1100
+    with pytest.raises(StatusError, match="frames: more than 1000 bytes wait for the client of this link") as ended:
+        await asyncio.wait_for(serving, PATIENCE)
+    assert ended.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_client_that_reads_may_get_any_number_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_MOST_PENDING_BYTES", 1000)
+    link, transport = ServerLink(), Transport()
+    serving = asyncio.create_task(link.run(b"", transport.read(), transport, lambda frame: None))
+    for number in range(200):
+        link.send(step_frame(number))
+        await settle()
+    link.close()
+    await asyncio.wait_for(serving, PATIENCE)
+    assert [handle for handles in transport.handles for handle in handles] == list(range(200))
+
+
+async def test_a_client_that_is_not_read_for_want_of_room_is_not_silent() -> None:
+    link, transport, room = ServerLink(), Transport(), asyncio.Event()
+    taken_in: list[bytes] = []
+
+    async def wait_for_room() -> None:
+        await room.wait()
+
+    serving = asyncio.create_task(link.run(b"", transport.read(), transport, taken_in.append, 0.1, wait_for_room))
+    frame = link_pb2.ClientFrame(renewal=link_pb2.Renewal()).SerializeToString()
+    for _ in range(3):
+        transport.frames.put_nowait(frame)
+    await asyncio.sleep(0.5)
+    assert not serving.done()
+    assert len(taken_in) == 1
+    room.set()
+    with pytest.raises(StatusError, match="has not renewed its lease"):
+        await asyncio.wait_for(serving, PATIENCE)
+    assert len(taken_in) == 3
 
 
 class Turns:

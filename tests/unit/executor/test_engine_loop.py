@@ -16,6 +16,7 @@ from scalellm.services.executor.engine.sampling_params import InvalidRequestErro
 from scalellm.services.executor.engine.speculation import Speculator, SuffixDrafter
 from scalellm.services.executor.engine_link import EngineLink, sampling_from_wire
 from scalellm.services.executor.engine_process import EngineLoop
+from scalellm.services.executor.frame_window import WINDOW, frame_cost
 from scalellm.services.executor.ipc import EngineChannel, Kind, Message
 from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
@@ -96,6 +97,24 @@ def test_credits_of_the_prompts_in_a_step_are_granted_before_it_runs() -> None:
     # Both prompts begin with the first step, so the loads of later steps, sent after them, grant the same.
     assert [counts[-1] for counts in granted] == [18, 18, 18]
     assert [len(counts) for counts in granted] == [1, 1, 1]
+
+
+def test_the_front_is_told_of_the_frames_of_each_link_that_were_taken_in() -> None:
+    sampling = common_pb2.SamplingParams(max_tokens=2, ignore_eos=True)
+    submit = frame(submit=link_pb2.Submit(handle=1, token_ids=[1], sampling=sampling))
+    renewal = frame(renewal=link_pb2.Renewal())
+    messages = run_loop(
+        [
+            *(Message(Kind.OPEN, link, HELLO) for link in (1, 2)),
+            *[Message(Kind.FRAME, 1, renewal)] * 300,
+            Message(Kind.FRAME, 2, submit),
+        ],
+        seconds_per_step=1.0,
+        num_steps=2,
+    )
+    told = [(message.link, int(message.payload)) for message in messages if message.kind is Kind.TAKEN]
+    assert [link for link, _ in told] == [1, 1]
+    assert 300 * frame_cost(renewal) - WINDOW / 2 < sum(cost for _, cost in told) <= 300 * frame_cost(renewal)
 
 
 def test_a_link_that_was_told_of_a_step_is_not_told_its_load_again() -> None:

@@ -178,6 +178,14 @@ def test_a_name_in_a_hello_has_a_longest_length(field: str) -> None:
     assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_a_hello_has_a_longest_length_whatever_is_in_it() -> None:
+    """The engine may have to wait for many of them."""
+    hello = link_pb2.ClientFrame(hello=link_pb2.Hello(api_minor=API_MINOR)).SerializeToString()
+    assert read_hello(hello * 1000).api_minor == API_MINOR
+    with pytest.raises(StatusError, match="hello: must have at most 16384 bytes"):
+        read_hello(hello * 10_000)
+
+
 def test_an_older_peer_is_refused_and_both_versions_are_named() -> None:
     old = API_MINOR - 2
     both = f"speaks version {old} of the link's protocol, this service version {API_MINOR}"

@@ -134,6 +134,23 @@ async def test_the_credit_of_a_request_that_was_taken_back_is_used_once() -> Non
     await line.stop()
 
 
+async def test_an_executor_hears_of_no_abort_of_a_sample_that_there_is_not_or_that_has_ended() -> None:
+    line = ByHand(max_num_seqs=4)
+    link = line.open("edge")
+    await line.submit(link, 1, n=2)
+    (submit,) = line.sent
+    await line.step(finished_samples=[link_pb2.LinkSampleFinish(handle=submit.handle, index=0, reason=LENGTH)])
+    told: list[tuple[object, ...]] = []
+    line.replica._client.abort = lambda *what: told.append(what)
+    for index in (0, 1, 2, 3, 2**32 - 1):
+        abort = link_pb2.Abort(handle=1, index=index, reason=link_pb2.ABORT_REASON_STOP)
+        line.dispatcher.intake.abort(link, abort)
+    assert told == [(submit.handle, link_pb2.ABORT_REASON_STOP, 1)]
+    line.dispatcher.intake.abort(link, link_pb2.Abort(handle=1))
+    assert len(told) == 2
+    await line.stop()
+
+
 async def test_rows_of_samples_that_have_ended_count_no_longer() -> None:
     line = ByHand(max_num_seqs=4)
     link = line.open("edge")

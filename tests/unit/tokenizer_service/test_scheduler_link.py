@@ -34,6 +34,19 @@ async def test_released_requests_hear_nothing():
     assert receiver.take() == []
 
 
+async def test_a_request_that_ends_before_its_submit_left_needs_no_finish():
+    line = Line()
+    await line.peers[0].come_up()
+    link = line.peers[0].link
+    client = link._client
+    del client.submit, client.abort  # the peer's, which reads
+    client._up = True
+    receiver = line.submit()
+    assert (len(client._outbox), link.num_handles) == (1, 1)
+    line.schedulers.release(receiver, link_pb2.ABORT_REASON_CANCELLED)
+    assert (len(client._outbox), link.num_handles) == (0, 0)
+
+
 async def test_requests_wait_for_a_scheduler():
     line = Line()
     waiting = asyncio.create_task(line.schedulers.wait_up(PATIENCE))
