@@ -23,11 +23,15 @@ from scalellm.services.common.errors import StatusError
 from scalellm.services.common.redis_client import KEY_PREFIX
 from scalellm.services.common.redis_health import REDIS_ERRORS, RedisFault
 from scalellm.services.tokenizer.kept import journal_script
+from scalellm.services.tokenizer.kept.journal_tail import whole_steps
 from scalellm.v1 import generation_pb2, link_pb2
 
 _WRITE_SHA = hashlib.sha1(journal_script.WRITE.encode(), usedforsecurity=False).hexdigest()
 
 _RETRY_AFTER = 1.0
+
+_PIECE_BYTES = 2**16
+"""Bytes of a tail that are read at once: some milliseconds of work for the event loop."""
 
 
 class Written(enum.Enum):
@@ -95,8 +99,10 @@ class Reading:
         end: The last event, or the status; None while the request has not ended.
         is_cancelled: True if its tenant has cancelled it.
         edition: Another one each time that the journal is created.
-        steps: Its results since the position from which it was read; if the edition is another one, all of them.
+        steps: Its next results from the position from which it was read; if the edition is another one, from the
+            beginning.
         num_bytes: Position to read on from.
+        is_whole: False if there are more results now.
     """
 
     execution: bytes
@@ -108,6 +114,7 @@ class Reading:
     edition: str
     steps: link_pb2.StepOutput
     num_bytes: int
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,25 +222,33 @@ class Journal:
             raise _unreadable(request_id) from None
 
     async def read(self, tenant: Tenant, request_id: str, num_bytes: int = 0, edition: str = "") -> Reading | None:
-        """Read a journal, with its tail from `num_bytes` of `edition` on; None if there is no journal."""
+        """Read a journal, with a piece of its tail from `num_bytes` of `edition` on; None if there is no journal."""
         keys = _Keys(tenant, request_id)
-        async with self._reach() as redis:
-            found = await redis.eval(journal_script.READ, 2, keys.head, keys.tail, str(num_bytes), edition)
-        if not found:
-            return None
-        execution, fence, lease_left, time_left, finished, error, is_cancelled, known, start, rest = found
+        most, num_whole, is_whole = _PIECE_BYTES, 0, False
+        while not (num_whole or is_whole):
+            place = (str(num_bytes), edition, str(most))
+            async with self._reach() as redis:
+                found = await redis.eval(journal_script.READ, 2, keys.head, keys.tail, *place)
+            if not found:
+                return None
+            *facts, known, start, size, piece = found
+            is_whole = start + len(piece) >= size
+            num_whole = len(piece) if is_whole else whole_steps(piece)
+            most *= 2  # a step may be longer than a piece
+        execution, fence, lease_left, time_left, finished, error, is_cancelled = facts
         try:
             end: generation_pb2.Finished | link_pb2.LinkStatus | None = None
             if finished:
                 end = generation_pb2.Finished.FromString(finished)
             elif error:
                 end = link_pb2.LinkStatus.FromString(error)
-            steps = link_pb2.StepOutput.FromString(rest)
+            steps = link_pb2.StepOutput.FromString(piece[:num_whole])
         except DecodeError:
             raise _unreadable(request_id) from None
         left = float(time_left) / 1e3 if time_left else None
+        edition = known.decode()
         return Reading(
-            execution, fence, lease_left, left, end, bool(is_cancelled), known.decode(), steps, start + len(rest)
+            execution, fence, lease_left, left, end, bool(is_cancelled), edition, steps, start + num_whole, is_whole
         )
 
     async def take(self, tenant: Tenant, request_id: str, execution: bytes, fence: int) -> int:

@@ -130,10 +130,10 @@ return 1
 """
 )
 
-# KEYS: head, tail. ARGV: bytes of the tail that are known, and the edition that they are of.
+# KEYS: head, tail. ARGV: bytes of the tail that are known, the edition that they are of, and how many bytes to read.
 # Returns nothing where there is no journal; else the execution, the fence, ms that are left of the lease and, or '',
-# until the deadline, the end if there is one (finished, error), 1 if the request is to be cancelled, the edition, and
-# position and content of the rest of the tail: all of it if the edition is another one.
+# until the deadline, the end if there is one (finished, error), 1 if the request is to be cancelled, the edition, the
+# position of what was read (0 if the edition is another one), the bytes of the tail, and what was read.
 READ = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -144,7 +144,8 @@ local left = found[3] and tostring(tonumber(found[3]) - now) or ''
 local edition = found[8] or ''  -- version N-1 wrote none
 local from = edition == ARGV[2] and tonumber(ARGV[1]) or 0
 return {found[7], tonumber(found[1]), tonumber(found[2]) - now, left, found[4] or '', found[5] or '',
-        found[6] and 1 or 0, edition, from, redis.call('GETRANGE', KEYS[2], from, -1)}
+        found[6] and 1 or 0, edition, from, redis.call('STRLEN', KEYS[2]),
+        redis.call('GETRANGE', KEYS[2], from, from + tonumber(ARGV[3]) - 1)}
 """
 
 # KEYS: head. Marks the request, so that its worker, or the next one that takes it over, cancels it. Returns 0 if there

@@ -301,6 +301,8 @@ class KeptRequest:
                 raise no_request(self.head.request_id)
             self._written_part.apply(reading, self.transcript)
             num_bytes, edition = reading.num_bytes, reading.edition
+            if not reading.is_whole:
+                continue
             if reading.end is None:
                 self._is_known.set()
             else:
@@ -322,7 +324,7 @@ class KeptRequest:
 
     async def _take_over(self, fence: int, time_left: float | None) -> None:
         """Prepare to run the request here, after reading all writes of its old worker, which is fenced off."""
-        self._written_part.set_to(await self._journal.read(self.tenant, self.head.request_id))
+        await self._written_part.read_all(self._journal)
         self._fence, self._time_left, self._timed_at = fence, time_left, time.monotonic()
         self._trace, self._prompt, self._session = None, None, None
         self._end_is_written = self._writes_nothing = False
@@ -382,17 +384,15 @@ class KeptRequest:
         self._is_known.set()
         if not self._accepted.is_set():
             self._refuse(error)
-        if self.is_here:
-            async with self._writing:
-                if self.is_here and not self._writes_nothing and not self._end_is_written:
-                    await self._write_last(error)
-
-    async def _write_last(self, error: StatusError) -> None:
-        end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)
-        entry = self._written_part.next_entry(self._fence, end, gives_up=end is None)
-        self._writes_nothing = True
-        with contextlib.suppress(StatusError):  # without this write its lease expires
-            await self._journal.write([entry])
+        if not self.is_here:
+            return
+        async with self._writing:  # after the write that is under way
+            is_due = self.is_here and not self._writes_nothing and not self._end_is_written
+            self._writes_nothing = True
+        if is_due:
+            end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)
+            with contextlib.suppress(StatusError):  # without these writes its lease expires
+                await self._written_part.write_rest(self._journal, self._fence, end)
 
     def _refuse(self, error: StatusError) -> None:
         self.transcript.end(error.to_link())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import grpc
@@ -12,7 +13,7 @@ import grpc
 from scalellm.services.common.api_keys import Tenant
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.logs import LineLimit
-from scalellm.services.tokenizer.kept.journal import Head, Journal, Written, no_request
+from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Written, no_request
 from scalellm.services.tokenizer.kept.kept_request import KeptRequest
 from scalellm.services.tokenizer.latency import LatencyTrace
 from scalellm.services.tokenizer.prompt_builder import Prompt
@@ -29,6 +30,11 @@ _log = logging.getLogger(__name__)
 
 _TICK = 0.05
 """Seconds between two writes to the journals."""
+
+_WRITE_BYTES = 2**20
+"""Bytes of results after which a round trip ends and the next one begins. All that came while Redis was away, in a
+single one, would be too late for the client's time limit, and again the next time, with more.
+"""
 
 _LAST_WRITES = 2.0
 """Seconds in which a worker that stops tells the journals so. Without that, the leases on its requests expire."""
@@ -202,9 +208,22 @@ class KeptRequests:
                 _log.warning("%d requests are taken over only when their leases expire: Redis is slow", len(late))
 
     async def _write(self) -> bool:
-        """Write all due entries. Returns False if Redis failed."""
+        """Write all due entries, in as many round trips as they need. Returns False if Redis failed."""
+        due, num_bytes = [], 0
+        for kept in tuple(self._all):
+            if (entry := kept.entry(self._renew_every)) is None:
+                continue
+            due.append((kept, entry))
+            num_bytes += len(entry.step)
+            if num_bytes >= _WRITE_BYTES:
+                if not await self._write_once(due):
+                    return False
+                due, num_bytes = [], 0
+        return await self._write_once(due)
+
+    async def _write_once(self, due: Sequence[tuple[KeptRequest, Entry]]) -> bool:
+        """Write entries in one round trip. Returns False if Redis failed."""
         assert self._journal is not None
-        due = [(kept, entry) for kept in self._all if (entry := kept.entry(self._renew_every)) is not None]
         try:
             outcomes = await self._journal.write([entry for _, entry in due])
             for (kept, entry), (outcome, num_bytes) in zip(due, outcomes, strict=True):

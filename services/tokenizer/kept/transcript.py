@@ -118,29 +118,47 @@ class Transcript:
         """Return the mark of an empty transcript."""
         return Mark([0] * len(self.samples), [False] * len(self.samples))
 
-    def since(self, mark: Mark) -> tuple[link_pb2.StepOutput, Mark]:
-        """Return the results after a mark, with handles of 0, and the mark of the transcript's end."""
+    @property
+    def mark(self) -> Mark:
+        """The mark of its end."""
+        num_tokens = [len(sample.token_ids) for sample in self.samples]
+        return Mark(
+            num_tokens, [sample.finish is not None for sample in self.samples], len(self.prompt_logprobs.logprobs)
+        )
+
+    def since(self, mark: Mark, most: int = MAX_ANSWER_TOKENS) -> tuple[link_pb2.StepOutput, Mark]:
+        """Return the next results after a mark, with handles of 0, and the mark behind them, from which to go on.
+
+        Args:
+            mark: The mark.
+            most: Most tokens of the prompt, and of all samples.
+        """
         step = link_pb2.StepOutput()
-        num_prompt = len(self.prompt_logprobs.logprobs)
+        num_prompt = min(len(self.prompt_logprobs.logprobs), mark.num_prompt + most)
         if num_prompt > mark.num_prompt:
             entry = step.prompt_logprobs.add(offset=mark.num_prompt)
             entry.values.CopyFrom(copy_logprobs(self.prompt_logprobs, mark.num_prompt, num_prompt))
+        if num_prompt < len(self.prompt_logprobs.logprobs):  # readers need all of these before the first token
+            return step, Mark(mark.num_tokens, mark.has_finish, num_prompt)
         after = Mark([], [], num_prompt)
         for index, sample in enumerate(self.samples):
-            offset, num_tokens = mark.num_tokens[index], len(sample.token_ids)
+            offset = mark.num_tokens[index]
+            num_tokens = min(len(sample.token_ids), offset + most)
+            most -= num_tokens - offset
             if num_tokens > offset:
-                add_tokens(step, 0, index, offset, sample.token_ids[offset:])
+                add_tokens(step, 0, index, offset, sample.token_ids[offset:num_tokens])
                 if self._has_logprobs:
                     logprobs = step.logprobs.add(index=index, offset=offset)
                     logprobs.values.CopyFrom(copy_logprobs(sample.logprobs, offset, num_tokens))
-            if sample.finish is not None and not mark.has_finish[index]:
+            has_finish = sample.finish is not None and num_tokens == len(sample.token_ids)
+            if sample.finish is not None and has_finish and not mark.has_finish[index]:
                 step.finished_samples.add(
                     index=index,
                     reason=sample.finish.reason,
                     stop_token_id=sample.finish.stop_token_id if sample.finish.HasField("stop_token_id") else None,
                 )
             after.num_tokens.append(num_tokens)
-            after.has_finish.append(sample.finish is not None)
+            after.has_finish.append(has_finish)
         return step, after
 
     def resume(self, submit: link_pb2.Submit) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from scalellm.services.common.api_keys import Tenant
-from scalellm.services.tokenizer.kept.journal import Entry, Head, Reading, no_request
+from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Reading, Written, no_request
 from scalellm.services.tokenizer.kept.transcript import Transcript
 from scalellm.v1 import generation_pb2, link_pb2
 
@@ -35,8 +35,12 @@ class WrittenPart:
     def next_entry(
         self, fence: int, end: generation_pb2.Finished | link_pb2.LinkStatus | None, *, gives_up: bool = False
     ) -> Entry:
-        """Return an entry with all results that the journal lacks; see Entry for the arguments."""
+        """Return an entry with the next results that the journal lacks; see Entry for the arguments, which are of the
+        last one of these entries.
+        """
         step, self._next_mark = self._transcript.since(self._mark)
+        if self._next_mark != self._transcript.mark:
+            end, gives_up = None, False
         self.num_writes += 1
         submit, number, data = self._head.submit, self.num_writes, step.SerializeToString()
         return Entry(
@@ -51,23 +55,42 @@ class WrittenPart:
         """Record that the journal has nothing."""
         self._mark, self._num_bytes = self._transcript.begin(), 0
 
-    def set_to(self, reading: Reading | None) -> None:
-        """Record that the journal has what was read from its beginning, and add that to the results.
+    async def write_rest(
+        self, journal: Journal, fence: int, end: generation_pb2.Finished | link_pb2.LinkStatus | None
+    ) -> None:
+        """Write all that the journal lacks, with the end, or so that others may take the request over at once. Raises
+        StatusError.
+        """
+        while True:
+            ((outcome, num_bytes),) = await journal.write([self.next_entry(fence, end, gives_up=end is None)])
+            if outcome not in (Written.DONE, Written.CANCELLED):
+                return
+            self.wrote(num_bytes)
+            if self._mark == self._transcript.mark:
+                return
+
+    async def read_all(self, journal: Journal) -> None:
+        """Read the journal from its beginning, and add that to the results.
 
         This worker may know more, if it ran the request before. Raises StatusError NOT_FOUND if what was read is not of
-        this execution, or lacks something.
+        this execution, or lacks something; UNAVAILABLE.
         """
-        known = Transcript(self._head.submit)
+        known, edition, is_whole = Transcript(self._head.submit), "", False
         self._num_bytes = 0
-        if reading is not None:
+        while not is_whole:
+            reading = await journal.read(self._tenant, self._head.request_id, self._num_bytes, edition)
+            if reading is None or reading.edition != edition:  # the first piece; or it was lost, and created again
+                known, self._num_bytes = Transcript(self._head.submit), 0
+            if reading is None:
+                break
             self.apply(reading, known)
             self.apply(reading, self._transcript)
-            self._num_bytes = reading.num_bytes
-        _, self._mark = known.since(known.begin())
+            self._num_bytes, edition, is_whole = reading.num_bytes, reading.edition, reading.is_whole
+        self._mark = known.mark
         self.renewed_at = time.monotonic()
 
     def apply(self, reading: Reading, transcript: Transcript) -> None:
-        """Add what was read to a transcript. Raises StatusError NOT_FOUND as `set_to` does."""
+        """Add what was read to a transcript. Raises StatusError NOT_FOUND as `read_all` does."""
         if reading.execution != self._head.submit.execution_id:
             raise no_request(self._head.request_id)
         try:

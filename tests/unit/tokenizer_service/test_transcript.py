@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalellm.services.tokenizer.generation.answer import Answer, make_samples
+from scalellm.services.tokenizer.kept.journal_tail import whole_steps
 from scalellm.services.tokenizer.kept.transcript import Transcript
 from scalellm.services.tokenizer.latency import LatencyTrace
 from scalellm.services.tokenizer.sample_stream import OutputOptions
@@ -60,6 +62,16 @@ def seen(texts, transcript: Transcript, submit: link_pb2.Submit, offsets: list[i
     return found
 
 
+def read_in_pieces(journal: bytes, most: int) -> Iterator[link_pb2.StepOutput]:
+    """Yield the steps of a journal, `most` bytes at a time where these have a whole one."""
+    while journal:
+        num_read = most
+        while not (num_whole := whole_steps(journal[:num_read]) if num_read < len(journal) else len(journal)):
+            num_read += 1
+        yield link_pb2.StepOutput.FromString(journal[:num_whole])
+        journal = journal[num_whole:]
+
+
 @settings(max_examples=100)
 @given(
     data=st.data(),
@@ -83,16 +95,20 @@ def test_a_journal_in_any_pieces_read_from_any_place(texts, smollm, data, sample
         mine.add(TokenBatch(index, samples[index][start:stop], values(start, stop) if logprobs else None, finish))
         done[index] = stop
         if data.draw(st.booleans()):
-            step, mark = mine.since(mark)
+            step, mark = mine.since(mark, data.draw(st.integers(1, 8)))
             journal += step.SerializeToString()
-    step, mark = mine.since(mark)
-    journal += step.SerializeToString()
+    while mark != mine.mark:
+        most = data.draw(st.integers(1, 8))
+        step, mark = mine.since(mark, most)
+        assert max(len(step.token_ids), *(len(part.values.logprobs) for part in step.prompt_logprobs), 0) <= most
+        journal += step.SerializeToString()
     assert mine.since(mark)[0] == link_pb2.StepOutput()
 
     other = Transcript(submit)
-    whole = link_pb2.StepOutput.FromString(journal)
-    other.apply(whole)
-    other.apply(whole)  # what is known is skipped
+    for step in read_in_pieces(journal, data.draw(st.integers(1, 100))):
+        other.apply(step)
+        assert not (other.num_tokens and logprobs) or len(other.prompt_logprobs.logprobs) == len(PROMPT)
+    other.apply(link_pb2.StepOutput.FromString(journal))  # what is known is skipped
     assert other.since(other.begin()) == mine.since(mine.begin())
     resumed = link_pb2.Submit()
     resumed.CopyFrom(submit)
@@ -119,6 +135,25 @@ def test_a_journal_in_any_pieces_read_from_any_place(texts, smollm, data, sample
                 assert list(delta.logprobs.logprobs) == [-float(n) for n in range(delta.offset, place)]
         length = generation_pb2.SampleFinished(index=index, reason=common_pb2.FINISH_REASON_LENGTH)
         assert [delta.finished for delta in deltas] == [None] * (len(deltas) - 1) + [length], "its end is told once"
+
+
+def test_steps_are_not_cut_whatever_they_tell():
+    end = link_pb2.LinkSampleFinish(index=0, reason=common_pb2.FINISH_REASON_STOP, stop_token_id=300)
+    tokens = {"handles": [0], "indices": [0], "offsets": [300], "counts": [200], "token_ids": [70_000] * 200}
+    prompt = link_pb2.LinkLogprobs(values=values(0, 100))
+    steps = [
+        link_pb2.StepOutput(prompt_logprobs=[prompt]),
+        link_pb2.StepOutput(prompt_logprobs=[prompt]),
+        link_pb2.StepOutput(**tokens, logprobs=[prompt, prompt], prompt_logprobs=[prompt], finished_samples=[end]),
+        link_pb2.StepOutput(**tokens, finished_samples=[end, end]),
+        link_pb2.StepOutput(**tokens),
+    ]
+    parts = [step.SerializeToString() for step in steps]
+    data, borders = b"".join(parts), {sum(map(len, parts[:count])) for count in range(len(parts))}
+    for length in range(len(data) + 1):
+        known = [border for border in borders if border < length]  # the next step's first byte tells
+        assert whole_steps(data[:length]) == max(known, default=0)
+    assert whole_steps(b"\xff" * 100) == 0, "it is no step"
 
 
 def test_a_gap_is_not_taken():
