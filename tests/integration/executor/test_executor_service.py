@@ -8,10 +8,11 @@ import signal
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from link_peer import open_link
+from link_peer import LinkPeer, open_link
 from scalellm.services.common.link import API_MINOR
 from scalellm.services.common.settings import load_settings
 from scalellm.services.executor.config import ExecutorSettings
@@ -127,6 +128,38 @@ async def test_requests_that_were_not_granted_end_the_link(paced: ServiceProcess
         assert await greedy.status() is grpc.StatusCode.RESOURCE_EXHAUSTED
         await good.submit(1, [5])
         assert (await good.finish(1)).status.code == 0
+
+
+async def test_a_flood_of_frames_waits_in_its_client_while_the_engine_does_not_read(executor: ServiceProcess) -> None:
+    (engine,) = executor.children()
+    front = psutil.Process(executor.pid)
+    later_version = b"\xfa\x01\x80\x80\x04" + bytes(2**16)  # an unknown field
+    abort = link_pb2.ClientFrame(abort=link_pb2.Abort(handle=9)).SerializeToString()
+    frame = link_pb2.ClientFrame.FromString(abort + later_version)
+    num_written = 0
+
+    async def flood(peer: LinkPeer) -> None:
+        nonlocal num_written
+        while True:
+            await peer.write(frame)
+            num_written += 1
+
+    async with open_link(execute, executor.address) as good, open_link(execute, executor.address) as bad:
+        before = front.memory_info().rss
+        os.kill(engine.pid, signal.SIGSTOP)
+        try:
+            flooding = asyncio.create_task(flood(bad))
+            await good.submit(1, [5, 6, 7])
+            await asyncio.sleep(3)
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
+        assert front.memory_info().rss < before + 32 * 2**20
+        assert (await good.finish(1)).status.code == 0
+        stopped_at = num_written
+        await eventually(lambda: num_written > stopped_at + 100)
+        flooding.cancel()
+        await asyncio.wait((flooding,))
+        assert not bad._reader.done(), "the link stands"
 
 
 async def test_a_broken_frame_ends_the_link_and_only_this_link(executor: ServiceProcess) -> None:

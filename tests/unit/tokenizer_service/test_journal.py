@@ -77,6 +77,34 @@ async def test_what_one_wrote_another_reads(redis_process):
         assert await two.take(TENANT, "r", b"e", 1) == 0, "it has ended"
 
 
+async def test_a_long_journal_is_read_in_pieces_while_it_grows(redis_process):
+    async with journals(redis_process) as journal:
+        one, two = journal("one"), journal("two")
+        await one.create(OTHER, head(), 1, None)
+        num_bytes, offset = 0, 0
+
+        async def append(number: int) -> None:
+            nonlocal num_bytes, offset
+            data = step(offset, *range(100_000, 107_000))
+            ((outcome, num_bytes),) = await one.write([Entry(OTHER, "r", b"e", 1, number, num_bytes, data)])
+            assert outcome is Written.DONE
+            offset += 7000
+
+        for number in range(1, 21):
+            await append(number)
+        read, place, edition, is_whole, num_pieces = Transcript(head().submit), 0, "", False, 0
+        while not is_whole:
+            reading = await two.read(OTHER, "r", place, edition)
+            assert reading.num_bytes - place <= 2**16
+            read.apply(reading.steps)
+            place, edition, is_whole = reading.num_bytes, reading.edition, reading.is_whole
+            num_pieces += 1
+            if num_pieces == 3:
+                await append(21)
+        assert (read.num_tokens, place) == (offset, num_bytes) == (21 * 7000, num_bytes)
+        assert num_pieces >= num_bytes / 2**16
+
+
 async def test_a_write_whose_answer_was_lost_loses_nothing(redis_process):
     """A worker is stopped within a write: the next write says more, and knows nothing of the one before."""
     async with journals(redis_process) as journal:
