@@ -20,6 +20,7 @@ from scalellm.services.executor.build import LoadedEngine
 from scalellm.services.executor.engine.engine import Engine
 from scalellm.services.executor.engine_load import welcome
 from scalellm.services.executor.engine_process import EngineLoop
+from scalellm.services.executor.frame_window import FrameWindow
 from scalellm.services.executor.front import ExecutorServicer
 from scalellm.services.executor.ipc import Kind, Message
 from scalellm.v1 import executor_pb2, link_pb2
@@ -133,6 +134,7 @@ class VirtualFront:
         self.info = executor_pb2.GetExecutorInfoResponse()
         self._executor = executor
         self._ports: dict[int, Any] = {}
+        self._windows: dict[int, FrameWindow] = {}
         self._next_link = 1
         self._is_ready = asyncio.Event()
         self.is_draining = False
@@ -147,9 +149,8 @@ class VirtualFront:
         """The engine dies; another one is there after some seconds, unless the front died, too."""
         self.engine.end()
         self._is_ready.clear()
-        ports, self._ports = self._ports, {}
-        for port in ports.values():
-            port.on_end(StatusError.unavailable("the engine process died", retry_after=1.0))
+        for link in tuple(self._ports):
+            self._forget(link).on_end(StatusError.unavailable("the engine process died", retry_after=1.0))
         await asyncio.sleep(seconds)
         if self._executor.process.is_alive and not self._is_ready.is_set():
             self.start_engine()
@@ -163,19 +164,30 @@ class VirtualFront:
             raise StatusError.unavailable("the engine is starting", retry_after=1.0) from None
         number = self._next_link
         self._next_link += 1
-        self._ports[number] = port
+        self._ports[number], self._windows[number] = port, FrameWindow()
         self.engine.deliver(Message(Kind.OPEN, number, hello))
         return number
 
     def send_frame(self, link: int, frame: bytes) -> None:
         """See EngineSupervisor."""
         if link in self._ports:
+            self._windows[link].take(frame)
             self.engine.deliver(Message(Kind.FRAME, link, frame))
+
+    async def wait_for_room(self, link: int) -> None:
+        """See EngineSupervisor."""
+        if (window := self._windows.get(link)) is not None:
+            await window.wait()
 
     def close_link(self, link: int) -> None:
         """See EngineSupervisor."""
-        if self._ports.pop(link, None) is not None:
+        if link in self._ports:
+            self._forget(link)
             self.engine.deliver(Message(Kind.CLOSE, link))
+
+    def _forget(self, link: int) -> Any:
+        self._windows.pop(link).close()
+        return self._ports.pop(link)
 
     def drain(self) -> None:
         """Take no new requests."""
@@ -198,8 +210,10 @@ class VirtualFront:
         elif message.kind is Kind.FRAME:
             port.on_frame(message.payload)
         elif message.kind is Kind.REFUSE:
-            del self._ports[message.link]
+            self._forget(message.link)
             port.on_end(StatusError.from_link(link_pb2.LinkStatus.FromString(message.payload)))
+        elif message.kind is Kind.TAKEN:
+            self._windows[message.link].give(int(message.payload))
 
 
 class VirtualEngine:
