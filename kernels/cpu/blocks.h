@@ -1,4 +1,4 @@
-// The rows of a product's input, in blocks of rows that are computed together.
+// Divides the input rows of a GEMM into blocks of rows that are computed together.
 #pragma once
 
 #include <algorithm>
@@ -12,20 +12,21 @@ struct Block {
   int64_t first, rows;
 };
 
-// The rows that are multiplied with weight number `weight` of a stack: blocks first_block .. end_block - 1.
+// The rows that are multiplied with weight number `weight` of a stack. Their blocks are first_block .. end_block - 1.
 struct Share {
   int64_t weight, rows, first_block, end_block;
 };
 
-// Elements from the beginning of a row of `size` elements to that of the next. Rows that lie a multiple of 4 KiB apart
-// have the same few places in the first-level cache, which are fewer than the rows of a block.
+// The stride, in elements, of rows of `size` elements. Rows at distances of a multiple of 4 KiB would map to the same
+// set of the L1 cache, which has fewer ways than a block has rows.
 template <class T>
 constexpr int64_t spread_stride(int64_t size) {
   return size * int64_t(sizeof(T)) % 4096 == 0 ? size + 64 / int64_t(sizeof(T)) : size;
 }
 
-// Terms [M, stride] of the rows of a block, on the way from their first terms to the last. Each pointer serves three
-// rows, as x86 adds a register, or twice its value, to an address for nothing: there are not as many registers as rows.
+// An iterator over the terms [M, stride] of the rows of a block, from the first term to the last. There are fewer
+// registers than rows, so each pointer serves three rows: x86 addressing adds a register, or twice its value, at no
+// cost.
 template <class Term, int M>
 struct RowTerms {
   const Term* first[(M + 2) / 3];
@@ -40,8 +41,8 @@ struct RowTerms {
   }
 };
 
-// Tiles begin .. end - 1 of a weight, which a thread multiplies one after the other. The tiles that it will get after
-// them are probably those from `next` on, which may be behind the last one.
+// Tiles begin .. end - 1 of a weight, which a thread multiplies one after the other. The next tiles that this thread
+// gets are probably those from `next` on; `next` may be beyond the last tile.
 struct Tiles {
   int64_t begin, end, next;
 
@@ -50,8 +51,9 @@ struct Tiles {
 
 class Blocks {
  public:
-  // Divides m rows. Rows starts[w] .. starts[w + 1] - 1 belong to weight w; without `starts`, all to weight 0. The rows
-  // of a weight, if it has any, are cut into as few blocks of at most most(rows) rows as can be, of even sizes.
+  // Divides m rows into blocks. Rows starts[w] .. starts[w + 1] - 1 belong to weight w; without `starts`, all belong to
+  // weight 0. The rows of each weight are divided into as few blocks of at most most(rows) rows as possible, of nearly
+  // equal sizes.
   template <class Most>
   void divide(int64_t m, const int32_t* starts, int64_t weights, const Most& most) {
     Block* blocks = blocks_.of(m);
@@ -77,7 +79,7 @@ class Blocks {
   const Block& operator[](int64_t block) const { return all_blocks_[block]; }
 
   // Calls body(share, part) for parts of the `tiles` tiles of the weight of each share. A part has at least `worth`
-  // tiles, which is work worth another thread's taking.
+  // tiles, so that it is enough work to be worth running on another thread.
   template <class Body>
   void for_tiles(int64_t tiles, int64_t worth, int64_t threads, const Body& body) const {
     const int64_t even = num_shares_ * tiles / (kPartsOfThread * threads);

@@ -1,16 +1,17 @@
-// Keys and values of 8 bits in the paged cache, a scale for each token and head.
+// The layout of 8-bit keys and values in the paged cache, with a scale for each token and head.
 //
-// kPart tokens of a head lie side by side, [parts, heads, (dim + 4) * kPart] bytes: of keys [dim / 4, kPart, 4] codes,
-// 128 larger than they are, of values [kPart / 4, dim, 4], and then the kPart scales. So either is multiplied as it
-// lies in memory, four products per lane: the vectors of a product have a lane per token, or per number of a value.
+// kPart tokens of a head are stored together, [parts, heads, (dim + 4) * kPart] bytes. Keys have [dim / 4, kPart, 4]
+// codes, to which 128 is added, values have [kPart / 4, dim, 4] codes; the kPart scales follow. So dot products read
+// either directly from memory, four products per lane: a lane belongs to a token for keys, and to a number of the value
+// vector for values.
 #pragma once
 
 #include "round8.h"
 
-// Tokens that lie side by side: pages are multiples of it, and no vector is longer.
+// The tokens that are stored together. Page sizes are multiples of it, and no vector has more lanes.
 constexpr int64_t kPart = 16;
 
-// Bytes that the cache has of a token and head.
+// The bytes of a token and head in the cache.
 inline int64_t row_size8(int64_t dim) { return dim + sizeof(float); }
 
 // Token `at` of a part takes its place there.

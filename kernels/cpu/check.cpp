@@ -1,5 +1,6 @@
-// What a library computes with its widest instructions, compared with the same sums made one product at a time: a level
-// of instructions may be compiled on a machine that lacks them, so that the first machine to run them is a user's.
+// The self-check of a library: compares its results, computed with its widest instructions, with the same sums made one
+// product at a time. A level may be compiled on a machine that lacks its instructions, so that a user's machine may be
+// the first to run them.
 #include "check.h"
 
 #include <vector>
@@ -17,8 +18,9 @@ int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const int32_t* so
 
 namespace {
 
-// Inputs are whole numbers and every group of them has a 127, so that they are bytes already; scales are 1 or 2. Then
-// all numbers on the way are whole ones that float32 holds, and results are the same whatever is added up first.
+// Inputs are integers and every group of them has a 127, so that rounding to bytes does not change them; scales are 1
+// or 2. Then all intermediate results are integers that float32 represents exactly, and the order of additions does not
+// matter.
 bool packed_products_are_right(int64_t bits, bool has_zeros, int64_t m, int64_t group) {
   constexpr int64_t n = 2 * kTile + 6;
   const int64_t groups = 2, k = groups * group, per_word = 32 / bits, tiles = num_tiles(n);
@@ -95,7 +97,7 @@ bool dense_products_are_right(Code code) {
 
 }  // namespace
 
-// Returns null where all is right, else what is not.
+// Returns null if all checks pass, otherwise a description of what failed.
 EXPORT const char* self_check() {
   if (!prepare()) return "the operating system does not keep the state that it needs";
   if (!packed_products_are_right(4)) return "products with packed integers of 4 bits are wrong";

@@ -1,4 +1,4 @@
-// Products of bytes, added up in 32 bits: the one thing that vec.h's vectors cannot say.
+// Dot products of bytes with 32-bit sums, the only operation that the vector types of vec.h cannot express.
 #pragma once
 
 #if defined(__x86_64__)
@@ -7,16 +7,16 @@
 
 #include "vec.h"
 
-// `dot<Bits>(sum, w, x)`: every lane of `w` holds four weights of 0 .. 2^Bits - 1, which are taken as if they were
-// kCentre smaller, and every lane of `x` four inputs, signed bytes of at least -127; the sum of their products is added
-// to that lane of `sum`.
+// `dot<Bits>(sum, w, x)`: every lane of `w` holds four weights of 0 .. 2^Bits - 1, from each of which kCentre is
+// subtracted, and every lane of `x` holds four inputs, signed bytes of at least -127. The sum of the four products is
+// added to the same lane of `sum`.
 //
-// Where that takes several instructions, weights of 4 bits have a shorter way: `narrow_dot` adds up in 16 bits, which
-// have room for kNarrowDots times 2 * 15 * 127, and `widened` adds them to a sum of 32 bits.
+// On levels where `dot` takes several instructions, weights of 4 bits have a cheaper method: `narrow_dot` adds in 16
+// bits, which have room for kNarrowDots times 2 * 15 * 127, and `widened` adds these sums to a sum of 32 bits.
 //
-// `dot_plain` is the same for weights of 0 .. kMostPlain that are taken as they are.
+// `dot_plain` is `dot` for weights of 0 .. kMostPlain, from which nothing is subtracted.
 
-// The four bytes at `p` in every lane.
+// A vector with the four bytes at `p` in every lane.
 inline Int splat_four(const void* p) { return Int{} + read<int32_t>(p); }
 
 #if (defined(__AVX512BW__) && !defined(__AVX512VNNI__)) || \
@@ -26,7 +26,8 @@ template <int Bits>
 constexpr int32_t kCentre = Bits == 8 ? 128 : 0;
 constexpr int kNarrowDots = 8;
 
-// `pairs` are sums of two products each in 16 bits, with saturation: two of 128 * 127 fit, and not of 255.
+// `pairs` returns sums of two products in 16 bits, with saturation: two products of 128 * 127 fit, two of 255 * 127 do
+// not.
 #if defined(__AVX512BW__)
 inline Int pairs(Int w, Int x) {
   return bit_cast<Int>(_mm512_maddubs_epi16(bit_cast<__m512i>(w), bit_cast<__m512i>(x)));

@@ -1,11 +1,10 @@
-// Products with weights of 16 or 32 bit floating point numbers, in float32.
+// GEMMs with weights of 16 or 32 bit floating point numbers and sums in float32.
 //
-// Each sum of a row is added up in one order in one accumulator: a row of the result is the same, bit by bit, whatever
-// rows are beside it and however many threads there are.
+// Each output number is summed in a fixed order in one accumulator. So a row of the result is the same, bit by bit,
+// whatever other rows are in the batch and however many threads there are.
 //
-// A product reads the tiles of a weight from the first to the last as they are in memory. Where the CPU can, weights of
-// bfloat16 are multiplied as pairs, with inputs rounded to bfloat16: by vectors (AVX-512 BF16) or by the matrix unit
-// (AMX).
+// A GEMM reads the tiles of a weight sequentially in memory. Where the CPU supports it, weights of bfloat16 are
+// multiplied as pairs, with inputs rounded to bfloat16: by vectors (AVX-512 BF16) or by the matrix unit (AMX).
 #include <algorithm>
 #include <utility>
 
@@ -20,15 +19,16 @@
 
 namespace {
 
-constexpr int kMostRows = kLanes == 16 ? 12 : 6;  // in a block: with two vectors of columns, as many as registers hold
-constexpr int64_t kAhead = 4096;                  // bytes of weights between those asked for and a block that is alone
-constexpr double kItemNs = 6000;                  // work worth another thread's taking
+constexpr int kMostRows = kLanes == 16 ? 12 : 6;  // in a block: as many as registers hold for two vectors of columns
+constexpr int64_t kAhead = 4096;                  // prefetch distance in bytes of weights, for a single block
+constexpr double kItemNs = 6000;                  // enough work to be worth running on another thread
 
-// Rows from which on a tile of 16-bit weights is made floats once for all blocks, and not within each. Within a block
-// that takes registers of which there are too few without AVX-512, so that compilers keep some sums in memory.
+// From this number of rows on, a tile of 16-bit weights is widened to floats once for all blocks instead of within each
+// block. Widening within a block needs registers. Without AVX-512 there are too few, so compilers keep some sums in
+// memory.
 constexpr int64_t kWidenedOnce = kLanes == 16 ? INT64_MAX : 3 * kMostRows;
 
-// to [size] = the numbers of whole rows of a tile in the order that tiles of floats have.
+// to [size] = the numbers of whole rows of a tile, as floats in the order of a float tile.
 template <class W>
 void widen(const W* tile, int64_t size, float* to) {
   constexpr int kRow = kTile * kDepth<W>;
@@ -45,13 +45,13 @@ void widen(const W* tile, int64_t size, float* to) {
   }
 }
 
-// The inputs, not rounded, that are multiplied with one row of a tile of W.
+// The unrounded inputs that are multiplied with one row of a tile of W.
 template <class W>
 struct Inputs {
   float x[kDepth<W>];
 };
 
-// A product's terms are of type In: Inputs<W>, or pairs of bfloat16 numbers.
+// The arguments of a GEMM. Its terms are of type In: Inputs<W>, or pairs of bfloat16 numbers.
 template <class W, class In>
 struct Problem {
   const In* x;  // [m, stride], of which k are used
@@ -61,20 +61,20 @@ struct Problem {
   int64_t n, k, stride;  // k and stride in terms
 };
 
-// The bytes of weights that are asked for with each row of a tile, as it is multiplied with a block.
+// The bytes of weights to prefetch with each row of a tile while the tile is multiplied with a block.
 struct Asked {
-  static constexpr int64_t kSteps = 1024;  // in a byte, as there may be less than a byte for each row
+  static constexpr int64_t kSteps = 1024;  // in a byte, because a row may have to prefetch less than a byte
 
   const char* at;
-  int64_t step, size;  // to the next row's, in kSteps of a byte; bytes
+  int64_t step, size;  // distance between two rows' prefetches in 1 / kSteps of a byte; bytes of each
 
-  // `bytes` bytes from `at` on, with `rows` rows.
+  // `bytes` bytes from `at` on, spread over `rows` rows.
   static Asked slice(const char* at, int64_t bytes, int64_t rows) { return {at, bytes * kSteps / rows, 1}; }
-  // With each row, `size` bytes of a row of `row` bytes.
+  // With each row of `row` bytes, `size` bytes of it.
   static Asked rows(const char* at, int64_t row, int64_t size) { return {at, row * kSteps, size}; }
 };
 
-// The products of one row of a tile with M rows of the input, added to V vectors of sums for each.
+// Adds the products of one row of a tile with M rows of the input to V vectors of sums for each input row.
 template <int M, int V, class W>
 inline void add_products(Vec (&sum)[M][V], const W* w, const RowTerms<Inputs<W>, M>& inputs) {
   Vec weights[V];
@@ -85,7 +85,7 @@ inline void add_products(Vec (&sum)[M][V], const W* w, const RowTerms<Inputs<W>,
   }
 }
 
-// The two inputs one after the other.
+// For pairs of bfloat16 weights: adds the products of the two inputs one after the other.
 template <int M, int V>
 inline void add_products(Vec (&sum)[M][V], const BFloat16* w, const RowTerms<Inputs<BFloat16>, M>& inputs) {
   for (int half = 0; half < 2; ++half) {
@@ -118,14 +118,14 @@ inline void store_sum(float* out, Vec sum, const float* bias, int64_t count) {
   store(out, sum + (bias == nullptr ? Vec{} : load(bias, count)), count);
 }
 
-// M rows, which are a block, times V vectors of the columns of a tile, which begin at `w` in it and at `column` in the
-// output.
+// Multiplies M rows, which are a block, with V vectors of columns of a tile. The columns begin at `w` in the tile and
+// at `column` in the output.
 template <class W, class In, int M, int V>
 void part_of_tile(const Problem<W, In>& p, const W* w, int64_t column, int64_t row, const Asked& asked) {
   RowTerms<In, M> terms(p.x + row * p.stride, p.stride);
   Vec sum[M][V] = {};
   int64_t left = p.k, ahead = 0;
-  do {  // there is at least one input, as compilers cannot know: else they would write the zeros to memory
+  do {  // not `while`: compilers do not know that k > 0, and would write the initial zeros to memory
     for (int64_t at = 0; at < asked.size; at += 64) {
       __builtin_prefetch(asked.at + ahead / Asked::kSteps + at, 0, 2);
     }
@@ -142,9 +142,9 @@ void part_of_tile(const Problem<W, In>& p, const W* w, int64_t column, int64_t r
   }
 }
 
-// While a tile is multiplied with one of several blocks, `size` bytes from `next` on come into the cache: else the
-// first block of each tile would wait for memory and the others never. A block that is alone asks for what comes later
-// in its tile; `next` is null then.
+// While a tile is multiplied with one of several blocks, `size` bytes from `next` on are prefetched, because otherwise
+// the first block of each tile would wait for memory and the others never. A single block prefetches later parts of its
+// own tile; `next` is null then.
 template <class W, class In, int M>
 void block_of_tile(const Problem<W, In>& p, const W* tile, int64_t column, int64_t row, const char* next,
                    int64_t size) {
@@ -160,7 +160,7 @@ void block_of_tile(const Problem<W, In>& p, const W* tile, int64_t column, int64
   }
 }
 
-// A tile times all blocks of a share, of which each asks for `size` bytes of the next tile.
+// Multiplies a tile with all blocks of a share. Each block prefetches `size` bytes of the next tile.
 template <class W, class In, int... Rows>
 void blocks_of_tile(const Problem<W, In>& p, const Blocks& blocks, const Share& share, const W* tile, int64_t column,
                     const char* next, int64_t size, std::integer_sequence<int, Rows...>) {
@@ -196,7 +196,7 @@ void tiles(const Problem<W, In>& p, const Blocks& blocks, const Share& share, co
   }
 }
 
-// The arguments of `gemm_dense` that all ways of multiplying have.
+// The arguments of `gemm_dense`, the same for all implementations.
 struct Arguments {
   const float* x;
   const int32_t* sources;
@@ -218,26 +218,26 @@ void take_rows(const Arguments& a, const Take& take) {
   });
 }
 
-// Cuts the rows into blocks of `most` or fewer and calls multiply(share, part) for parts of the work. A number of a
-// weight has `bytes` bytes; `row_ns` is the time that it takes with one row.
+// Divides the rows into blocks of at most `most` and calls multiply(share, part) for parts of the work. A number of a
+// weight has `bytes` bytes; `row_ns` is the time of multiplying it with one row.
 template <class Multiply>
 void for_blocks(const Arguments& a, Blocks& blocks, int64_t most, double bytes, double row_ns,
                 const Multiply& multiply) {
   blocks.divide(a.m, a.starts, a.weights, [&](int64_t) { return most; });
-  // Bytes at the speed of memory and products at that of the unit that makes them: a guess of what a tile takes.
+  // An estimate of a tile's time: its bytes at the memory's speed plus its products at the compute unit's speed.
   const double tile_ns = kTile * double(a.k) * (bytes / 16.0 + double(a.m) / blocks.num_shares() * row_ns);
   blocks.for_tiles(num_tiles(a.n), int64_t(kItemNs / tile_ns) + 1, a.threads, multiply);
 }
 
 template <class W>
 void gemm_widened(const Arguments& a) {
-  static thread_local Scratch<float> scratch;  // the calling thread's, whoever helps it
+  static thread_local Scratch<float> scratch;  // of the calling thread; the other threads use it too
   static thread_local Blocks kept;
   Blocks& blocks = kept;
   const int64_t k = even_inputs<W>(a.k);
   const int64_t stride = spread_stride<float>(k);
   const float* x = a.x;
-  if (a.sources != nullptr || stride != a.k) {  // else it is read as it is
+  if (a.sources != nullptr || stride != a.k) {  // otherwise x is read in place
     float* copy = scratch.of(a.m * stride);
     take_rows(a, [&](int64_t i, const float* row) {
       std::fill(std::copy_n(row, a.k, copy + i * stride), copy + i * stride + k, 0.0f);
@@ -253,7 +253,7 @@ void gemm_widened(const Arguments& a) {
 }
 
 #if defined(__AVX512BF16__)
-// to [size] = x, rounded; numbers behind x, up to `padded`, are 0.
+// to [size] = x, rounded; the numbers after x, up to `padded`, are set to 0.
 void round_to_bfloat16(const float* x, int64_t size, BFloat16* to, int64_t padded) {
   int64_t at = 0;
   for (; at + kLanes <= size; at += kLanes) store_element(to + at, load(x + at));
@@ -273,16 +273,16 @@ void gemm(const Arguments& a) {
 
 #if defined(HAS_MATRIX_UNIT)
 
-// The rows of a block, `stride` numbers apart, times a tile of weights with `pairs` pairs of inputs: to [rows, kTile].
+// to [rows, kTile] = the rows of a block, `stride` numbers apart, times a tile of weights with `pairs` pairs of inputs.
 void multiply_on_unit(MatrixUnit& unit, int rows, const BFloat16* x, int64_t stride, const BFloat16* weight,
                       int64_t pairs, float* to) {
   static_assert(kTile == kUnitColumns);
-  constexpr int64_t kRow = 2 * kTile;  // numbers of a pair of inputs
+  constexpr int64_t kRow = 2 * kTile;  // weights of a pair of inputs
   unit.begin(rows, kUnitWords);
   for (; pairs >= kUnitWords; pairs -= kUnitWords, x += 2 * kUnitWords, weight += kUnitWords * kRow) {
     unit.add<BFloat16, BFloat16>(x, stride * sizeof *x, weight);
   }
-  if (pairs > 0) {  // what lies behind them is another tile's, and 0 times it need not be 0
+  if (pairs > 0) {  // memory after them belongs to another tile, and 0 times its numbers need not be 0
     BFloat16 rest[kUnitWords * kRow] = {};
     std::copy_n(weight, pairs * kRow, rest);
     unit.add<BFloat16, BFloat16>(x, stride * sizeof *x, rest);
@@ -344,8 +344,8 @@ void gemm<BFloat16>(const Arguments& a) {
 // out [m, n] = x [m, k] times a weight in tiles, plus bias [n], which may be null. All float32 but the weight, whose
 // dtype may also be bfloat16 or float16.
 //
-// Of a stack of `weights`, rows starts[w] .. starts[w + 1] - 1 are multiplied with weight w; `starts` may be null where
-// there is one. Where `sources` [m] is not null, it names the rows of x that rows 0 .. m - 1 are.
+// With a stack of `weights`, rows starts[w] .. starts[w + 1] - 1 are multiplied with weight w; `starts` may be null if
+// there is one weight. If `sources` [m] is not null, row i of the product is computed from row sources[i] of x.
 EXPORT int64_t gemm_dense(int64_t weight_dtype, const float* x, const int32_t* sources, const int32_t* starts,
                           int64_t weights, const void* weight, const float* bias, float* out, int64_t m, int64_t n,
                           int64_t k, int64_t threads) {

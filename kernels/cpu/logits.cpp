@@ -12,7 +12,7 @@ constexpr int64_t kWordBits = 32;
 constexpr int64_t kGrain = 65536;  // logits; fewer are done before another thread would be awake
 constexpr float kBanned = -std::numeric_limits<float>::infinity();
 
-// Most words have all of their bits set, or none.
+// A fast path, because most words have all of their bits set, or none.
 void mask_word(uint32_t allowed, float* logits, int64_t count) {
   if (allowed == ~uint32_t{0}) return;
   if (allowed == 0) {

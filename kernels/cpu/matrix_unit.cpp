@@ -7,8 +7,8 @@
 #include <unistd.h>
 #endif
 
-// Asks the operating system to keep the state of matrix units, for all threads of this process. Returns 1, or 0 where
-// it refuses.
+// Requests from the operating system that it saves the state of the matrix unit (AMX), for all threads of this process.
+// Returns 1, or 0 if the request is refused.
 EXPORT int64_t prepare() {
 #if defined(HAS_MATRIX_UNIT)
   constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,5 +1,6 @@
-// The choice of experts, the order of rows by expert, and the sum of what the experts of a row return. Between these
-// are the products with a stack of weights, see gemm_dense.cpp and gemm_wna16.cpp.
+// Operations of a mixture-of-experts layer: the choice of experts, sorting rows by expert, and the weighted sum of the
+// experts' results of each row. The GEMMs with a stack of weights between them are in gemm_dense.cpp and
+// gemm_wna16.cpp.
 #include <algorithm>
 #include <cmath>
 
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // elements; fewer are done before another thread would be awake
 
-// chances [size] = e^(logits - the largest of them); returns their sum, NaN where a logit is not a number.
+// chances [size] = e^(logits - the largest of them). Returns their sum, which is NaN if a logit is NaN.
 float exponentials(const float* logits, int64_t size, float* chances) {
   const float largest = *std::max_element(logits, logits + size);
   int64_t at = 0;
@@ -23,7 +24,8 @@ float exponentials(const float* logits, int64_t size, float* chances) {
   return sum;
 }
 
-// The largest that is not taken, the first of equals; of numbers that cannot be compared, the first that is not taken.
+// The index of the largest logit that is not taken, the first of equal ones. A NaN is chosen if it is
+// the first that is not taken, and only then.
 int64_t largest_left(const float* logits, int64_t size, const bool* taken) {
   int64_t best = -1;
   for (int64_t i = 0; i < size; ++i) {
@@ -67,7 +69,7 @@ EXPORT int64_t topk_softmax(const float* logits, float* weights, int32_t* ids, i
         to[j] = chances[id];
         chosen += chances[id];
       }
-      // What is not a number is in the sum of all, though it may not be among the chosen.
+      // A NaN is in the sum of all logits, though it may not be among the chosen ones.
       const float divisor = renormalize && sum == sum ? chosen : sum;
       for (int64_t j = 0; j < k; ++j) to[j] /= divisor;
     }
@@ -76,9 +78,9 @@ EXPORT int64_t topk_softmax(const float* logits, float* weights, int32_t* ids, i
 }
 RECORDABLE(topk_softmax)
 
-// Sorts the pairs of a row and an expert chosen for it, ids [rows, k], by expert, those of an expert by row: place p of
-// that order is of row sources[p], pair i has place places[i], and expert e has places starts[e] .. starts[e + 1] - 1
-// [experts + 1]. Returns the row in which an id is not in 0..experts-1, if there is one.
+// Sorts the pairs of a row and an expert chosen for it, ids [rows, k], by expert, and the pairs of an expert by row.
+// The pair at place p of that order is of row sources[p], pair i has place places[i], and expert e has the places
+// starts[e] .. starts[e + 1] - 1 (`starts` has experts + 1 elements). If an id is not in 0..experts-1, returns its row.
 EXPORT int64_t sort_by_expert(const int32_t* ids, int32_t* sources, int32_t* places, int32_t* starts, int64_t rows,
                               int64_t k, int64_t experts, int64_t) {
   std::fill(starts, starts + experts + 1, 0);
@@ -95,8 +97,8 @@ EXPORT int64_t sort_by_expert(const int32_t* ids, int32_t* sources, int32_t* pla
 }
 RECORDABLE(sort_by_expert)
 
-// out [rows, size] = the sum of the k results of each row, rows places[row, 0 .. k - 1] of `results`, times weights
-// [rows, k].
+// out [rows, size] = for each row the sum of its k results, which are rows places[row, 0 .. k - 1] of `results`, times
+// weights [rows, k].
 EXPORT int64_t sum_of_experts(int64_t dtype, const void* results, const int32_t* places, const float* weights,
                               void* out, int64_t rows, int64_t k, int64_t size, int64_t threads) {
   const auto run = [&](auto type) {

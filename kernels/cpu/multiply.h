@@ -1,4 +1,4 @@
-// Products of matrices that are small and lie anywhere, as attention has them.
+// Products of small matrices whose parts are anywhere in memory, for attention.
 #pragma once
 
 #include <algorithm>
@@ -6,9 +6,10 @@
 
 #include "terms.h"
 
-// c [kRows, kVecs vectors] = a [kRows, inner] * b, `inner` counting terms: b has rows of terms, or as many rows of
-// numbers for each, whose vectors are at b[n] + i * b_stride; with kAdd it is added to c. With kAsk, what lies as far
-// from `ahead` is asked for on the way: a burst of requests would hold up the products.
+// c [kRows, kVecs vectors] = a [kRows, inner] * b, where `inner` counts terms. b has rows of terms, or for each term as
+// many rows of numbers as it holds; vector n of row i is at b[n] + i * b_stride. With kAdd the product is added to c.
+// With kAsk, the same offsets from `ahead` are prefetched, spread over the loop, because a burst of prefetches would
+// stall the products.
 template <int kRows, int kVecs, bool kAdd, bool kAsk, class Term, class B>
 inline void multiply_block(const Term* a, int64_t a_stride, int64_t inner, const B* const (&b)[kVecs],
                            const B* const (&ahead)[kVecs], int64_t b_stride, float* c, int64_t c_stride) {
@@ -44,11 +45,11 @@ inline void multiply_block(const Term* a, int64_t a_stride, int64_t inner, const
   }
 }
 
-// As many accumulators as the registers hold.
+// The block size: as many accumulators as the registers hold.
 constexpr int kBlockRows = kLanes == 16 ? 6 : 4;
 constexpr int kBlockVecs = kLanes == 16 ? 4 : 2;
 
-// Calls block(count, row) for blocks of rows 0 .. rows - 1, `count` being a constant.
+// Calls block(count, row) for blocks of rows 0 .. rows - 1, where `count` is a compile-time constant.
 template <class Block>
 inline void by_blocks(int64_t rows, const Block& block) {
   int64_t r = 0;
@@ -62,7 +63,7 @@ inline void by_blocks(int64_t rows, const Block& block) {
   }
 }
 
-// Not inline: it is large, and who uses it is many.
+// Not inlined, because it is large and has many callers.
 template <int kVecs, bool kAdd, bool kAsk, class Term, class B>
 __attribute__((noinline)) void multiply_rows(const Term* a, int64_t a_stride, int64_t rows, int64_t inner,
                                              const B* const (&b)[kVecs], const B* const (&ahead)[kVecs],
@@ -73,9 +74,9 @@ __attribute__((noinline)) void multiply_rows(const Term* a, int64_t a_stride, in
   });
 }
 
-// c [rows, columns] = a [rows, inner] * b, or is added to with kAdd. `columns` is a multiple of kLanes; columns from
-// `at` on of b's first row start at b(at), those of the next b_stride further. A sum has one order, whatever the number
-// of rows.
+// c [rows, columns] = a [rows, inner] * b; with kAdd the product is added to c. `columns` is a multiple of kLanes. In
+// b's first row, the columns from `at` on start at b(at), in the next row b_stride further. The order of the additions
+// does not depend on the number of rows.
 template <bool kAdd, bool kAsk, class Term, class Columns, class Ahead>
 inline void multiply(const Term* a, int64_t a_stride, int64_t rows, int64_t inner, const Columns& b,
                      const Ahead& ahead, int64_t b_stride, float* c, int64_t c_stride, int64_t columns) {

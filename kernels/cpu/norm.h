@@ -5,8 +5,8 @@
 
 #include "vec.h"
 
-// out [size] = x / rms(x) * weight; sizes are multiples of kLanes, and `out` may be `x`. Llama's form rounds before the
-// product with the weight, Gemma's multiplies by 1 + weight and rounds once.
+// out [size] = x / rms(x) * weight. Sizes are multiples of kLanes, and `out` may be `x`. Llama's variant rounds before
+// multiplying with the weight; Gemma's variant multiplies by 1 + weight and rounds once.
 template <class T>
 inline void norm_row(const T* x, const T* weight, T* out, int64_t size, float eps, bool gemma) {
   Vec squares[4] = {};

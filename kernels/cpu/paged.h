@@ -1,4 +1,4 @@
-// The paged cache and what both attention ops do with a tile of its tokens.
+// The paged KV cache, and what both attention ops do with a tile of its tokens.
 #pragma once
 
 #include <algorithm>
@@ -9,38 +9,38 @@
 #include "multiply.h"
 #include "cache8.h"
 
-// Keys that are added up by themselves: a long sequence is shared by threads, a common prefix is computed once. The
-// result of a row depends on its sequence alone, so a prompt gives what decoding gave.
+// The number of keys that are summed separately, so that threads can share a long sequence and a common prefix is
+// computed once. A row's result depends on its sequence alone, so that prefill and decode steps give the same result.
 constexpr int64_t kShare = 256;
-// Tokens of a tile: after each tile the running maximum of a row is renewed. Keys and values that are laid out as terms
-// should stay in the core's first-level cache. Bytes are read where they are; with AVX-512 longer tiles are faster, as
-// the work per row and tile (sums over vectors, scaling what was added up before) counts for less. With AVX2 they are
-// slower: its shorter vectors read values in several passes.
+// The number of tokens of a tile. After each tile a row's running maximum is updated and its earlier sums are rescaled.
+// Keys and values that are rearranged to terms should stay in the core's first-level cache. Bytes are read where they
+// are: with AVX-512 longer tiles are faster, because that update costs the same for any number of tokens. With AVX2
+// they are slower, because its shorter vectors read the values in several passes.
 template <class Term>
 constexpr int64_t kTile = 64;
 template <>
 constexpr int64_t kTile<Quad> = kLanes == 16 ? kShare : 64;
-// Scores are computed for multiples of this number of tokens, but not for all of a tile that has fewer tokens.
+// Scores are computed for the tokens of a tile, rounded up to a multiple of this number.
 constexpr int64_t kStep = 64;
-// Rows, a row being a query of one head, that meet a tile together: enough to pay for laying out its keys.
+// Rows (queries of one head) that are multiplied with a tile together: enough to pay for rearranging its keys.
 constexpr int64_t kRows = 96;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-// Keys [num_blocks, heads, dim, page], so that what one number of a query is multiplied by are vectors, values
-// [num_blocks, page, heads, dim], and which blocks sequences have: [S, max_blocks], rows apart. Keys and values of 8 bits
-// lie as cache8.h says.
+// Keys are [num_blocks, heads, dim, page], so that one number of a query is multiplied with whole vectors of keys;
+// values are [num_blocks, page, heads, dim]. The block table [S, max_blocks] has the blocks of each sequence; its rows
+// are table_stride apart. Keys and values of 8 bits have the layout that cache8.h describes.
 template <class T>
 struct PagedCache {
   const T *k, *v;
   const int32_t* block_table;
   int64_t max_blocks, table_stride, num_blocks, page, heads, dim;
 
-  // Elements of all heads of a token.
+  // The number of elements of a token, all heads together.
   int64_t width() const { return heads * (std::is_same_v<T, Int8> ? row_size8(dim) : dim); }
 };
 
-// Where the keys and values of up to kMost consecutive tokens of all heads are. Parts of which no token was asked for are
-// those of one that was: what may stand in other blocks is never read.
+// Pointers to the keys and values of up to kMost consecutive tokens, for all heads. Parts without a requested token
+// point to a part with one, so that other blocks, whose contents are unknown, are never read.
 template <class T>
 struct Tile {
   static constexpr int64_t kMost = kTile<TermOf<T>>;
@@ -50,11 +50,11 @@ struct Tile {
   const T* v[kParts];
   int64_t size;  // tokens
 
-  // Of how many tokens there are scores.
+  // The number of tokens for which scores are computed.
   int64_t num_scores() const { return (size + kStep - 1) / kStep * kStep; }
 
-  // Tokens first .. end - 1 of those from `begin` on, a multiple of kMost: so a row meets the same tiles whatever is
-  // beside it. False when the table names a block that is not there.
+  // Finds tokens first .. end - 1 in the tile that starts at `begin`, a multiple of kMost, so that a row has the same
+  // tiles in any batch. Returns false when the table contains an invalid block.
   bool find(const PagedCache<T>& cache, int64_t sequence, int64_t begin, int64_t first, int64_t end) {
     size = std::min(end - begin, kMost);
     const int32_t* blocks = cache.block_table + sequence * cache.table_stride;
@@ -72,7 +72,7 @@ struct Tile {
     return true;
   }
 
-  // Ask for keys and for values of a head, of tokens from `begin` on, a multiple of kPart.
+  // Prefetch the keys and the values of a head, for tokens from `begin` on, a multiple of kPart.
   void prefetch_keys(const PagedCache<T>& cache, int64_t head, int64_t begin) const {
     if constexpr (std::is_same_v<T, Int8>) return prefetch_parts(k, cache, head, begin);
     const int64_t step = std::max<int64_t>(1, 64 / (cache.page * sizeof(T)));
@@ -100,15 +100,16 @@ struct Tile {
   static void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 
-// The softmax of a row of scores so far: largest score, sum of weights.
+// The state of the running softmax of a row of scores: largest score and sum of weights so far.
 struct Softmax {
   float largest = kMasked;
   float total = 0;
 };
 
-// Turns the first num_scores of scores [count, kTile] into weights relative to the largest one of a row, by
-// `weigh(row, largest)`, which returns their sum, and adds them to the rows' softmaxes; shrunk [count] is what weights
-// before are multiplied by. `count` is at most kLanes: what takes long for one row, the next ones do meanwhile.
+// Converts the first num_scores of scores [count, kTile] to weights relative to the largest score of their row, by
+// `weigh(row, largest)`, which returns the sum of the weights, and adds them to the rows' softmaxes. shrunk [count]
+// receives the factors by which earlier weights have to be multiplied. `count` is at most kLanes; the computations of
+// several rows overlap.
 template <class Term, class Weigh>
 inline void add_scores(Softmax* rows, int64_t count, float* scores, int64_t num_scores, float softcap, float* shrunk,
                        const Weigh& weigh) {
@@ -132,7 +133,7 @@ inline void add_scores(Softmax* rows, int64_t count, float* scores, int64_t num_
   for (int64_t r = 0; r < count; ++r) {
     float* row = scores + r * kTile<Term>;
     shrunk[r] = factors[r];
-    if (largest[r] == kMasked) {  // nothing was seen yet
+    if (largest[r] == kMasked) {  // all scores so far are masked
       std::fill(row, row + num_scores, 0.0f);
       continue;
     }
@@ -140,11 +141,11 @@ inline void add_scores(Softmax* rows, int64_t count, float* scores, int64_t num_
   }
 }
 
-// Weights take the place of the scores of a row, as elements of terms. Returns their sum.
+// Overwrites the scores of a row with weights, as elements of terms. Returns the sum of the weights.
 template <class Term>
 inline float weigh_row(float* row, float largest) {
   Vec weights = {};
-  auto* elements = reinterpret_cast<Element<Term>*>(row);  // never ahead of the scores that are read
+  auto* elements = reinterpret_cast<Element<Term>*>(row);  // never ahead of the scores that are still to be read
   for (int64_t i = 0; i < kTile<Term>; i += kLanes) {
     const Vec weight = exp(load(row + i) - largest);
     weights += weight;
@@ -153,8 +154,8 @@ inline float weigh_row(float* row, float largest) {
   return sum(weights);
 }
 
-// Adds the results of the next share, a softmax and values [dim], to those of the shares before it. Before the first
-// share `acc` is undefined.
+// Merges the result of the next share, a softmax and values [dim], into the result of the shares before it. Before the
+// first share `acc` is undefined.
 inline void merge(Softmax& into, float* acc, const Softmax& share, const float* values, int64_t dim) {
   if (share.largest == kMasked) return;
   if (into.largest == kMasked) {
@@ -169,7 +170,8 @@ inline void merge(Softmax& into, float* acc, const Softmax& share, const float* 
   into = {largest, into.total * shrunk + share.total * weight};
 }
 
-// Terms of a scaled query: its numbers, and behind bytes what their products are multiplied by and where sums start.
+// The number of terms of a scaled query: its numbers and, for bytes, also the factor of the products and the initial
+// sum.
 template <class Term>
 inline int64_t query_size(int64_t dim) {
   return dim / kNumbers<Term> + (std::is_same_v<Term, Quad> ? 2 : 0);
@@ -190,8 +192,8 @@ inline void load_query(const Q* q, Term* to, float scale, int64_t dim) {
   }
 }
 
-// Hides what comes after a query, and what has left its window. `position` is the first query's in a tile of `size` keys,
-// of which every `group` rows have one. A group of 0 hides nothing, as from queries that are decoded.
+// Masks keys after a query and keys that have left its window. `position` is the position of the first query in a tile
+// of `size` keys; every `group` rows share a position. A group of 0 masks nothing, for the queries of a decode step.
 struct CausalMask {
   int64_t position, group, window, size;
 
@@ -204,8 +206,8 @@ struct CausalMask {
   }
 };
 
-// Queries of one head on their way through the keys: scaled queries [count, query_size], scores [count, kTile], and
-// what they have come to, a softmax and the values [count, dim] that are not yet divided by its total.
+// Queries of one head while they are multiplied with the keys, tile by tile: scaled queries [count, query_size], scores
+// [count, kTile], and the results so far, a softmax and the values [count, dim], not yet divided by its total.
 template <class Term>
 struct Queries {
   const Term* q;
@@ -214,8 +216,8 @@ struct Queries {
   float* acc;
   int64_t count;
 
-  // Turns scores of tokens first .. tile.size - 1 that the mask does not hide into weights, by `weigh`, and what was
-  // added up before into what it is beside them.
+  // Converts the scores of tokens first .. tile.size - 1 that are not masked to weights, by `weigh`, and rescales the
+  // earlier sums to the new largest score.
   template <class T, class Weigh>
   void take_weights(const Tile<T>& tile, int64_t first, int64_t dim, const CausalMask& mask, float softcap,
                     const Weigh& weigh) const {

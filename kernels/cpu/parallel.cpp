@@ -9,11 +9,14 @@
 
 namespace {
 
-// Short enough that waiting costs a busy neighbour nothing, long enough for an item that is nearly done.
+// Spins of the caller before it yields: few enough to cost other busy processes nothing, enough for an item that is
+// nearly done.
 constexpr int kSpins = 2000;
-// Some 20 us: calls of a recorded step follow each other sooner, and to wake a sleeping thread takes longer.
+// Spins of an idle thread, some 20 us: the calls of a recorded step follow each other faster than that, and waking a
+// sleeping thread takes longer.
 constexpr int kIdleSpins = 600;
-// Some 100 us of offering the core to others: calls of a step that is not recorded follow each other like this.
+// Yields of an idle thread after its spins, some 100 us: calls of a step that is not recorded follow each other within
+// that time.
 constexpr int kIdleYields = 300;
 constexpr uint64_t kClosed = 0xffffffff;
 
@@ -25,9 +28,9 @@ inline void pause() {
 #endif
 }
 
-// One job at a time. `ticket_` is the number of the job in its upper half and the next item in its lower half, so that
-// an item is taken only of the job whose description was read: a thread that is late fails to take it and never
-// touches what belongs to the caller of a job that has ended.
+// Runs one job at a time. `ticket_` has the number of the job in its upper half and the next item in its lower half, so
+// that a thread takes an item only from the job whose task, context and count it has read. A late thread fails to take
+// an item, and so never uses memory of the caller of a job that has ended.
 class Pool {
  public:
   void run(int64_t count, int64_t num_threads, Task task, const void* context) {
@@ -46,7 +49,7 @@ class Pool {
     done_.store(0, std::memory_order_relaxed);
     ticket_.store(job << 32, std::memory_order_seq_cst);
     if (asleep_.load(std::memory_order_seq_cst) > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }  // who has seen no job yet is in wait() by now
+      { std::lock_guard<std::mutex> lock(mutex_); }  // a thread that saw no job is in wait() once this lock is taken
       wake_.notify_all();
     }
     take_items();
@@ -60,13 +63,13 @@ class Pool {
   }
 
  private:
-  // Threads are never dismissed: they sleep. In a forked child there are none, and the caller does everything.
+  // Threads never end; they sleep. A forked child has none of them, and there the caller executes all items.
   void hire(int64_t wanted) {
     for (; num_workers_ < wanted; ++num_workers_) std::thread([this] { work(); }).detach();
   }
 
   void work() {
-    uint64_t seen = 0;  // the job that was looked at last; one that is not open yet is still to come
+    uint64_t seen = 0;  // the last job that this thread found open
     const auto has_job = [&] {
       const uint64_t ticket = ticket_.load(std::memory_order_seq_cst);
       if (ticket >> 32 == seen || (ticket & kClosed) == kClosed) return false;
@@ -123,6 +126,6 @@ class Pool {
 }  // namespace
 
 void run_parallel(int64_t count, int64_t num_threads, Task task, const void* context) {
-  static Pool* pool = new Pool;  // never deleted: its threads may sleep in it when the process ends
+  static Pool* pool = new Pool;  // never deleted, because its threads may sleep in it when the process ends
   pool->run(count, num_threads, task, context);
 }

@@ -1,9 +1,10 @@
-// Loops over independent items on a few threads that sleep when there is nothing to do.
+// Loops over independent items on a few threads, which sleep when there is no loop to run.
 //
-// A team of OpenMP has every thread take its share and waits for all of them: one that the system runs late, because a
-// neighbour needs its core, holds up all others. Here items are taken one at a time from a counter, the caller takes
-// them too, and it waits only for items that another thread has begun. A thread that comes late finds nothing left.
-// One that found the counter at its end looks for the next loop for some microseconds before it sleeps.
+// With OpenMP every thread of a team gets a share, and the team waits for all threads: a thread that the system
+// schedules late, because another process needs its core, delays all others. Here threads take items one at a time from
+// a counter, the caller takes items too, and it waits only for items that another thread has begun. A thread that
+// arrives late finds no items left. A thread that finds no item polls for the next loop for some microseconds before it
+// sleeps.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +12,8 @@
 
 using Task = void (*)(const void* context, int64_t item);
 
-// Calls `task` for the items 0..count-1 on at most `num_threads` threads, the caller being one, and returns when all
-// are done. Calls from two threads at once are safe: the second one works alone.
+// Calls `task` for the items 0..count-1 on at most `num_threads` threads, one of which is the caller, and returns when
+// all are done. Concurrent calls from two threads are safe: the second caller executes its items alone.
 void run_parallel(int64_t count, int64_t num_threads, Task task, const void* context);
 
 template <class Body>
@@ -21,11 +22,11 @@ void parallel_for(int64_t count, int64_t num_threads, const Body& body) {
       count, num_threads, [](const void* context, int64_t item) { (*static_cast<const Body*>(context))(item); }, &body);
 }
 
-// Parts for each thread, where there is much work: with many more, giving them out takes longer than computing them.
+// Parts per thread for large loops. With many more parts, distributing them takes longer than computing them.
 constexpr int64_t kPartsOfThread = 8;
 
-// Calls body(begin, end) for parts of 0..count-1. A part has at least `least` items, which is work worth another
-// thread's taking.
+// Calls body(begin, end) for parts of 0..count-1. A part has at least `least` items, so that it is enough work to be
+// worth running on another thread.
 template <class Body>
 void parallel_ranges(int64_t count, int64_t least, int64_t num_threads, const Body& body) {
   const int64_t grain = std::max(least, count / (kPartsOfThread * num_threads));

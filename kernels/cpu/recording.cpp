@@ -1,4 +1,4 @@
-// A row of recorded calls as one call.
+// Executes a sequence of recorded calls in one call.
 #include "recording.h"
 
 struct RecordedCall {
@@ -6,7 +6,7 @@ struct RecordedCall {
   const Argument* arguments;
 };
 
-// Returns kDone, or the index of the call that found fault with its inputs; those after it are not made.
+// Returns kDone, or the index of the call that rejected its inputs; the calls after it are not executed.
 EXPORT int64_t replay(const RecordedCall* calls, int64_t count, int64_t threads) {
   for (int64_t i = 0; i < count; ++i) {
     if (calls[i].function(calls[i].arguments, threads) != kDone) return i;

@@ -1,4 +1,4 @@
-// Calls of exported functions with arguments that were written down before.
+// Calls of exported functions with arguments that were recorded before.
 #pragma once
 
 #include <type_traits>
@@ -6,7 +6,7 @@
 
 #include "vec.h"
 
-// An argument as `recording.py` writes it down.
+// An argument in the form in which `recording.py` stores it.
 union Argument {
   int64_t integer;
   double real;

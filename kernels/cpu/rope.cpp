@@ -1,4 +1,4 @@
-// Per-head norm, rotation of queries and keys, and the write of keys and values into the paged cache.
+// Per-head norm, rotary embedding of queries and keys, and writing keys and values into the paged cache.
 #include <atomic>
 
 #include "cache8.h"
@@ -8,10 +8,10 @@
 
 namespace {
 
-constexpr int64_t kGrain = 3072;  // elements: some, as every number of a key is written to a line of its own
+constexpr int64_t kGrain = 3072;  // elements; few, as every number of a key is written to a cache line of its own
 constexpr int64_t kMaxDim = 256;
 
-// What every head of a call has in common.
+// The arguments that all heads of a call share.
 template <class T>
 struct Heads {
   const T *q_norm, *k_norm;  // or null
@@ -37,7 +37,7 @@ inline void rotate(const T* x, const T* norm, const float* cos_sin, T* to, const
   }
 }
 
-// to [dim] = what is stored of x, clamped to what is finite; codes of e4m3 are of x / scale.
+// to [dim] = x in the type of the cache, clamped to its finite range; codes of e4m3 are of x / scale.
 template <class T, class C>
 inline void encode(const T* x, C* to, int64_t dim, float scale) {
   for (int64_t i = 0; i < dim; i += kLanes) {
@@ -94,7 +94,7 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
 
 }  // namespace
 
-// Keys [num_blocks, kv_heads, dim, page], values [num_blocks, page, kv_heads, dim], or both as cache8.h says;
+// Keys are [num_blocks, kv_heads, dim, page], values [num_blocks, page, kv_heads, dim], or both have cache8.h's layout;
 // qkv [tokens, (q_heads + 2 kv_heads) * dim] and out_q [tokens, q_heads * dim], strides of their rows in elements.
 EXPORT int64_t qk_norm_rope_and_cache(int64_t dtype, int64_t cache_dtype, const void* qkv, void* out_q,
                                       const int64_t* positions, const float* cos_sin, const int64_t* slots,

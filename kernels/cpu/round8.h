@@ -1,10 +1,10 @@
-// Rows of numbers as bytes with a scale.
+// Quantizes rows of numbers to bytes (codes) with a scale.
 #pragma once
 
 #include "vec.h"
 
-// What numbers up to `bound` in magnitude are multiplied by to become codes, and codes to become numbers: what is not a
-// number when the bound is not finite.
+// The factors that convert numbers of at most `bound` in magnitude to codes (`inverse`) and codes to numbers (`scale`).
+// `scale` is NaN when the bound is not finite.
 struct Rounding {
   float inverse, scale;
 
@@ -12,21 +12,21 @@ struct Rounding {
       : inverse(bound > 1e-30f ? 127.0f / bound : 0.0f), scale(bound / 127.0f + bound * 0.0f) {}
 };
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline Int round_to_codes(Vec x, float inverse) {
-  return bit_cast<Int>(x * inverse + 12582912.0f) - 0x4B400000;  // it lands in the low bits
+  return bit_cast<Int>(x * inverse + 12582912.0f) - 0x4B400000;  // the sum has the rounded integer in its low bits
 }
 
 // The same codes as bytes.
 inline Byte round_to_bytes(Vec x, float inverse) {
-#if defined(__AVX512F__)  // which keeps the low bits; compilers make no one instruction of a conversion that does
+#if defined(__AVX512F__)  // GCC compiles a conversion that keeps the low bits only to one move for each lane
   return bit_cast<Byte>(_mm512_cvtepi32_epi8(bit_cast<__m512i>(x * inverse + 12582912.0f)));
 #else
   return __builtin_convertvector(round_to_codes(x, inverse), Byte);
 #endif
 }
 
-// The lanes of a vector put together.
+// Reduces the lanes of a vector with `join`.
 template <class Join>
 inline int32_t joined(Int v, Join join) {
   using Int4 = int32_t __attribute__((vector_size(16)));
@@ -38,8 +38,9 @@ inline int32_t joined(Int v, Join join) {
   return join(all, Int4{all[1], all[0], all[3], all[2]})[0];
 }
 
-// The largest magnitude of numbers whose bits, without the sign, were put together by `larger`: as integers these have
-// the order of the numbers, and what is not finite is above all that is.
+// `magnitude_bits` are the bits of numbers without the sign. Compared as integers they have the order of the
+// magnitudes, and infinity and NaN are above all finite numbers. `largest_of` returns the largest magnitude from bits
+// reduced by `larger`.
 inline Int magnitude_bits(Vec v) { return bit_cast<Int>(v) & 0x7fffffff; }
 constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
 inline float largest_of(Int bits) { return bit_cast<float>(joined(bits, larger)); }
@@ -54,7 +55,7 @@ inline float largest_magnitude(const T* x, int64_t size) {
   return largest_of(largest);
 }
 
-// What `round_row8` returns beside the codes: their scale and their sum.
+// The result of `round_row8` besides the codes: their scale and their sum.
 struct RoundedRow {
   float scale;
   int32_t sum;

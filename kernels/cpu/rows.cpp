@@ -13,14 +13,14 @@ constexpr int64_t kPiece = 64;     // numbers that are unpacked at a time
 
 template <class T>
 bool is_finite(const T* x, int64_t size) {
-  Vec differences{};  // of every number to itself: 0, or NaN for one that is not finite
+  Vec differences{};  // x - x of every number: 0, or NaN for one that is not finite
   int64_t at = 0;
   for (; at + kLanes <= size; at += kLanes) differences += load(x + at) - load(x + at);
   if (at < size) differences += load(x + at, size - at) - load(x + at, size - at);
   return sum(differences) == 0.0f;
 }
 
-// One column of a tile, which is a row of the weight; every step is rounded to T, as torch does.
+// Unpacks one column of a tile, which is a row of the weight. Every step is rounded to T, as torch does.
 template <class T>
 void unpack_row(int64_t bits, const uint32_t* words, const T* scales, const T* zeros, T* out, int64_t size,
                 int64_t group, float scale) {
@@ -46,7 +46,7 @@ void unpack_row(int64_t bits, const uint32_t* words, const T* scales, const T* z
   }
 }
 
-// Calls run(row, id) for each, unless an id is not in 0..num_ids-1: then its place is returned.
+// Calls run(row, id) for each row. If an id is not in 0..num_ids-1, calls nothing and returns the row of that id.
 template <class Run>
 int64_t for_ids(const int64_t* ids, int64_t rows, int64_t num_ids, int64_t size, int64_t threads, const Run& run) {
   for (int64_t row = 0; row < rows; ++row) {

@@ -1,5 +1,5 @@
-// Drawing the next token of each row, and log-probabilities. One pass over a row tells of each of its tiles the maximum
-// and what it adds to the normaliser; what a draw needs after it is looked for in the tiles that can hold it.
+// Samples the next token of each row and computes log-probabilities. One pass over a row of logits computes the maximum
+// of each tile and the normaliser. After it, sampling reads only the tiles whose maxima show that they can matter.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -16,16 +16,16 @@ constexpr int64_t kTile = 256;  // logits
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
 constexpr double kNoiseLevels = 1 << 24;
-constexpr double kMostNoise = 17.33;  // what `gumbel` returns is between these
+constexpr double kMostNoise = 17.33;  // `gumbel` returns numbers between these two
 constexpr double kLeastNoise = -2.87;
-constexpr double kSlack = 1e-3;  // covers every rounding in comparisons with what can still win
+constexpr double kSlack = 1e-3;  // larger than all rounding errors in the comparisons that skip candidates
 
 inline bool is_nan(float x) { return x != x; }
 
 // The order of torch's searches: NaN is above everything.
 inline bool above(float a, float b) { return a > b || (is_nan(a) && !is_nan(b)); }
 
-// SplitMix64, as `kernels.reference.rng` says.
+// SplitMix64, the same as in `kernels.reference.rng`.
 inline uint64_t mix(uint64_t z) {
   z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
   z = (z ^ z >> 27) * 0x94D049BB133111EB;
@@ -38,7 +38,7 @@ inline uint32_t noise_bits(uint64_t key, uint64_t id) { return mix(key + (id + 1
 
 inline double gumbel(uint32_t bits) { return -std::log(-std::log((bits + 0.5) / kNoiseLevels)); }
 
-// Bits below these stand for less than `noise`; a little fewer than the exact bound.
+// A lower bound of the bits for which `gumbel` returns `noise` or more; slightly below the exact bound.
 inline uint32_t least_bits(double noise) {
   if (noise < kLeastNoise) return 0;
   return uint32_t(std::max(std::exp(-std::exp(-noise)) * kNoiseLevels - 2.0, 0.0));
@@ -49,13 +49,13 @@ struct Candidate {
   int64_t id;
 };
 
-// A thread's memory, kept from row to row.
+// Memory of a thread that is reused for each row.
 struct Scratch {
   std::vector<float> maxima, source_maxima, values;
   std::vector<Candidate> candidates;
 };
 
-// A row of logits after the pass over it, which adds up exp(x - largest) for the normaliser if that is wanted.
+// A row of logits. The constructor makes the pass over it, which sums exp(x - largest) if the normaliser is needed.
 class Row {
  public:
   Row(const float* logits, int64_t vocab, bool is_normalised, std::vector<float>& maxima)
@@ -81,7 +81,7 @@ class Row {
   float largest() const { return largest_; }
   float log_normaliser() const { return float(largest_ + std::log(total_)); }
 
-  // The lowest token of the largest logit.
+  // The lowest token id that has the largest logit.
   int64_t first() const {
     const float* tile = at(largest_tile_);
     int64_t i = 0;
@@ -89,7 +89,7 @@ class Row {
     return largest_tile_ * kTile + i;
   }
 
-  // The k-th largest logit is not below this, nor is it in a tile with a maximum below it. Overwrites `values`.
+  // A lower bound of the k-th largest logit; tiles with a maximum below it do not contain it. Overwrites `values`.
   float bound_of_top(int64_t k, std::vector<float>& values) const {
     if (k > num_tiles_) return -kInfinity;
     values.assign(maxima_.begin(), maxima_.end());
@@ -166,7 +166,7 @@ struct Filters {
   float top_p, min_p;
 };
 
-// The draw from one row with a finite maximum, to whose logits `scaled` is applied.
+// Samples from one row with a finite maximum. `scaled` is applied to its logits.
 class Draw {
  public:
   Draw(const Row& row, const Filters& filters, std::vector<float>& values)
@@ -182,7 +182,7 @@ class Draw {
       }
     } else if (is_nucleus) {
       const double mass = filters.top_p * total();
-      // Nearly all mass is close to the maximum.
+      // Tries small depths first, because nearly all mass is close to the maximum.
       for (const float depth : {5.0f, 10.0f, 20.0f, kInfinity}) {
         collect_within(depth);
         if (const float found = nucleus(mass); found > -kInfinity) {
@@ -191,10 +191,10 @@ class Draw {
         }
       }
     }
-    bound_ = std::min(bound_, 0.0f);  // the most probable token always survives
+    bound_ = std::min(bound_, 0.0f);  // the most probable token is never excluded
   }
 
-  // The token with the highest sum of scaled logit and noise, of equal ones the lowest.
+  // The token with the highest sum of scaled logit and noise; of equal ones, the lowest id.
   int64_t token(uint64_t key) const {
     int64_t token = row_.first();
     double best = gumbel(noise_bits(key, token));
@@ -229,7 +229,7 @@ class Draw {
  private:
   float scaled(float x) const { return (x - row_.largest()) / temperature_; }
 
-  // Survivors of top-k have logits >= `least_`; what is left in `values_` are their scaled ones.
+  // Applies top-k: the remaining tokens have logits >= `least_`, and `values_` has their scaled logits.
   void keep_top(int64_t k) {
     row_.collect(row_.bound_of_top(k, values_), values_);
     std::nth_element(values_.begin(), values_.begin() + (k - 1), values_.end(), std::greater<float>());
@@ -249,7 +249,7 @@ class Draw {
                   values_.end());
   }
 
-  // The sum of e to all scaled logits.
+  // The sum of e^x over all scaled logits x.
   double total() const {
     double total = 0.0;
     for (int64_t tile = 0; tile < row_.num_tiles(); ++tile) {
@@ -264,10 +264,11 @@ class Draw {
     return total;
   }
 
-  // The largest bound whose survivors among `values_`, which it reorders, have this mass; -infinity if all have less.
+  // The largest bound such that the `values_` not below it have this mass; -infinity if all have less. Reorders
+  // `values_`.
   float nucleus(double mass) {
     auto begin = values_.begin(), end = values_.end();
-    double before = 0.0;  // of those in front of `begin`, which are not smaller than the others
+    double before = 0.0;  // the mass in front of `begin`, of values not smaller than the others
     while (end - begin > 1) {
       const auto middle = begin + (end - begin) / 2;
       std::nth_element(begin, middle, end, std::greater<float>());
@@ -286,7 +287,7 @@ class Draw {
   const Row& row_;
   float temperature_;
   std::vector<float>& values_;
-  float least_ = -kInfinity;  // logits below it, and scaled ones below `bound_`, do not survive
+  float least_ = -kInfinity;  // tokens with logits below it, or scaled logits below `bound_`, are excluded
   float bound_ = -kInfinity;
 };
 
@@ -313,7 +314,8 @@ void top(const Row& row, int64_t k, int64_t* ids, float* logprobs, Scratch& scra
 
 }  // namespace
 
-// Draws token_ids [rows] from logits [rows, vocab], and tells their log-probabilities in `source`, often the same rows.
+// Samples token_ids [rows] from logits [rows, vocab], and computes log-probabilities from `source`, often the same
+// rows.
 // Filters, seeds and positions are [rows]; top_ids and top_logprobs [rows, num_logprobs]. num_logprobs is at most vocab;
 // below 0, no log-probabilities are computed.
 EXPORT int64_t sample(const float* logits, const float* source, const float* temperature, const int64_t* top_k,

@@ -1,4 +1,4 @@
-// Memory that a thread keeps from one call to the next: new memory for each call would have to be zeroed by the system.
+// Memory that a thread keeps from one call to the next, because the system would have to zero new memory for each call.
 #pragma once
 
 #include <cstdint>

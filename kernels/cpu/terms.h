@@ -1,17 +1,17 @@
-// What sums of products are made of: floats, or pairs of bfloat16 numbers, which AVX-512 BF16 multiplies and adds in
-// the time of one float, or four bytes. Keys and values that are stored in two bytes or less lose little by pairs.
+// The terms of sums of products: floats, pairs of bfloat16 numbers, which AVX-512 BF16 multiplies and adds in the time
+// of one float, or groups of four bytes. Pairs lose little precision for keys and values stored in two bytes or less.
 #pragma once
 
 #include <type_traits>
 
 #include "vec.h"
 
-// Two neighbours of a sum, the first one in the lower half.
+// Two adjacent numbers of a row, the first one in the lower half.
 struct Pair {
   BFloat16 low, high;
 };
 
-// Four bytes of a row that has a scale.
+// Four adjacent bytes of a row that has a scale.
 struct Quad {
   int8_t codes[4];
 };
@@ -23,7 +23,7 @@ inline constexpr bool kHasPairs = true;
 inline constexpr bool kHasPairs = false;
 #endif
 
-// A term of sums with numbers of type T, and how many numbers and of which type it has.
+// The type of term for numbers of type T, how many numbers a term has, and of which type.
 template <class T>
 using TermOf = std::conditional_t<std::is_same_v<T, Int8>, Quad,
                                   std::conditional_t<kHasPairs && sizeof(T) <= 2, Pair, float>>;
@@ -44,7 +44,7 @@ inline Vec add_product(Vec sum, Int column, const Pair* factor) {
                                         bit_cast<__m512bh>(_mm512_set1_epi32(read<int32_t>(factor)))));
 }
 
-// Subnormal numbers become 0, as they are to products of pairs.
+// Subnormal numbers become 0, because the instructions that multiply pairs treat them as 0.
 inline void store_element(BFloat16* p, Vec v) {
   const __m256bh rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
   std::memcpy(p, &rounded, sizeof rounded);
@@ -81,7 +81,8 @@ inline Int load_pairs(const BFloat16* low, const BFloat16* high) {
 
 #endif
 
-// A term for each lane, from a row of terms or from as many rows of numbers, `stride` apart, as a term has.
+// Loads a term for each lane: from one row of terms, or from as many rows of numbers as a term has numbers, which are
+// `stride` apart.
 template <class Term, class T>
 inline auto load_terms(const T* rows, int64_t stride) {
   if constexpr (kNumbers<Term> == 1 || std::is_same_v<T, Term>) {

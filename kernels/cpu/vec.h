@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the machine's, by the compiler's vector types.
+// Vectors of floats of the machine's width, with the compiler's vector types.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ constexpr int kLanes = 4;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What an exported function returns when nothing is at fault; else it is the index of the row that is.
+// An exported function returns this if it succeeds, and otherwise the index of the row that is invalid.
 constexpr int64_t kDone = -1;
 
 using Vec = float __attribute__((vector_size(kLanes * 4)));
@@ -36,12 +36,12 @@ struct Float16 {
 struct E4M3 {
   uint8_t bits;
 };
-// Bytes that say nothing without the scale of their row, see cache8.h.
+// Bytes whose values are relative to the scale of their row, see cache8.h.
 struct Int8 {
   int8_t code;
 };
 
-// Element types as the Python side numbers them (`library.CODES`).
+// Element types with the numbers that the Python code uses (`library.CODES`).
 enum Code : int64_t { kFloat32 = 0, kBFloat16 = 1, kE4M3 = 2, kFloat16 = 3, kInt8 = 4 };
 
 template <class To, class From>
@@ -52,7 +52,7 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-// What the bytes at `p`, which may begin anywhere, are as a V.
+// Loads a V from `p`, which need not be aligned.
 template <class V>
 inline V read(const void* p) {
   V v;
@@ -76,7 +76,7 @@ inline Vec load(const float* p) { return read<Vec>(p); }
 inline Vec load(const BFloat16* p) {
   const Half h = read<Half>(p);
 #if defined(__AVX512F__)
-  // The one conversion that compilers make of pieces, at five times the instructions.
+  // Written by hand, because compilers make this conversion of pieces, with five times the instructions.
   return bit_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h)), 16));
 #else
   return bit_cast<Vec>(__builtin_convertvector(h, UInt) << 16);
@@ -93,7 +93,7 @@ inline Vec load(const Float16* p) {
   const UInt u = __builtin_convertvector(h, UInt), magnitude = u & 0x7fff;
   // Exponent and mantissa are moved to those of a float; the product mends the bias, of subnormal numbers, too.
   const UInt value = bit_cast<UInt>(bit_cast<Vec>(magnitude << 13) * 0x1p112f);
-  const UInt special = bit_cast<UInt>(magnitude >= 0x7c00) & 0x7f800000u;  // infinity, and what is not a number
+  const UInt special = bit_cast<UInt>(magnitude >= 0x7c00) & 0x7f800000u;  // infinity and NaN
   return bit_cast<Vec>(value | special | (u & 0x8000) << 16);
 #endif
 }
@@ -160,7 +160,7 @@ inline void store(T* p, Vec v, int64_t count) {
   std::memcpy(p, buffer, count * sizeof(T));
 }
 
-// to [size] = from * factor, in the type of `to`; they may be the same.
+// to [size] = from * factor, in the type of `to`; `to` and `from` may be the same array.
 template <class From, class To>
 inline void copy_scaled(const From* from, To* to, float factor, int64_t size) {
   int64_t at = 0;
@@ -168,7 +168,7 @@ inline void copy_scaled(const From* from, To* to, float factor, int64_t size) {
   if (at < size) store(to + at, load(from + at, size - at) * factor, size - at);
 }
 
-// `v` as it comes back from memory of type T.
+// `v` rounded to type T and converted back.
 template <class T>
 inline Vec rounded_to(Vec v) {
   T buffer[kLanes];
@@ -214,7 +214,7 @@ inline Vec exp(Vec x) {
   const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(v * 1.44269504f, _MM_FROUND_TO_NEAREST_INT));
 #else
   const Vec bounded = x > 88.0f ? splat(88.0f) : (x < -87.0f ? splat(-87.0f) : x);
-  const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // the integer lands in the low bits
+  const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // the addition leaves the integer in the low bits
   const Vec n = shifted - 12582912.0f;
 #endif
   const Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
