@@ -1,10 +1,10 @@
-// Attention to keys and values that are numbers by themselves, as floats or as pairs of bfloat16.
+// Attention over keys and values that need no scale, multiplied as floats or as pairs of bfloat16.
 #include "attend.h"
 
 namespace {
 
-// Keys and values of a head of a tile as terms, [dim, tile] and [tile, dim] numbers: for many rows it pays to convert
-// them once, and to have the values of all parts in one place.
+// The keys [dim, tile] and values [tile, dim] of one head of a tile, converted to terms. With many rows it pays to
+// convert them once and to have the values of all parts in one array.
 template <class Term>
 struct LaidOut {
   static constexpr int64_t kTokens = kTile<Term>;
@@ -24,7 +24,7 @@ struct LaidOut {
     }
   }
 
-  // Of tokens begin .. end - 1. Others that share a term with them count as 0 and are not read.
+  // Fills the values of tokens begin .. end - 1. Other tokens of the same terms are not read and become 0.
   template <class T>
   void fill_values(const PagedCache<T>& cache, const Tile<T>& tile, int64_t head, int64_t begin, int64_t end) {
     const int64_t dim = cache.dim, width = cache.heads * dim;
@@ -78,7 +78,7 @@ void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next
     return;
   }
   for (int64_t begin = first, end; begin < tile.size; begin = end) {
-    if (begin % kSize != 0 || begin + kSize > tile.size) {  // a term of which not all may be read
+    if (begin % kSize != 0 || begin + kSize > tile.size) {  // a term with a token that must not be read
       end = std::min((begin / kSize + 1) * kSize, tile.size);
       laid_out.fill_values(cache, tile, head, begin, end);
       add_laid_out(begin / kSize, begin / kSize + 1);
@@ -88,8 +88,8 @@ void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next
     const auto values = [&](const Tile<T>& of) {
       return [&, from = of.v[begin / kPart] + begin % kPart * width + head * dim](int64_t d) { return from + d; };
     };
-    multiply<true, true>(weights + begin / kSize, kTokens, rows, (end - begin) / kSize, values(tile), values(next), width,
-                         queries.acc, dim, dim);
+    multiply<true, true>(weights + begin / kSize, kTokens, rows, (end - begin) / kSize, values(tile), values(next),
+                         width, queries.acc, dim, dim);
   }
   next.prefetch_values(cache, head, tile.size);
 }

@@ -1,4 +1,5 @@
-// Attention over keys and values of 8 bits: queries and weights are rounded to 8 bits as well, and sums are exact.
+// Attention over 8-bit keys and values. Queries and attention weights are rounded to 8 bits as well, so that sums are
+// exact.
 #include "attend.h"
 #include "dot.h"
 
@@ -7,7 +8,8 @@ namespace {
 constexpr int64_t kTokens = Tile<Int8>::kMost, kParts = Tile<Int8>::kParts;
 static_assert(kStep % (kBlockVecs * kLanes) == 0);
 
-// Scores [kCount, kTokens] of vectors of tokens, whose keys begin at keys[n].
+// Computes kCount rows of scores for kBlockVecs vectors of tokens; the keys of vector n begin at keys[n]. With kAsk it
+// prefetches the same places of the next tile, `ahead`.
 template <int kCount, bool kAsk>
 inline void score_block(const Quad* q, int64_t dim, const Int8* const (&keys)[kBlockVecs],
                         const Int8* const (&ahead)[kBlockVecs], float* scores) {
@@ -38,13 +40,14 @@ inline void score_block(const Quad* q, int64_t dim, const Int8* const (&keys)[kB
   }
 }
 
-// e^(score - largest) for scores of at most `largest`, to 1e-4 of it: more than 8 bits can say.
+// e^(score - largest) for scores of at most `largest`, with a relative error below 1e-4, which is less than rounding to
+// 8 bits adds.
 inline Vec rough_weight(Vec score, float largest) {
 #if defined(__AVX512DQ__)
   constexpr float kLog2E = 1.44269504f;
   constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
   const Vec x = score * kLog2E + splat(largest * -kLog2E);
-  const Vec r = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), kDown));  // x less the whole number below it
+  const Vec r = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), kDown));  // x - floor(x)
   const Vec p = ((r * 7.802452e-2f + 2.2606716e-1f) * r + 6.9583356e-1f) * r + 9.999252e-1f;  // 2^r to 7.5e-5
   return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(x)));
 #else
@@ -52,8 +55,9 @@ inline Vec rough_weight(Vec score, float largest) {
 #endif
 }
 
-// Weights of 8 bits, each times the scale of its value, take the place of a row's first `num_scores` scores; behind them
-// is their scale. Returns the sum of the weights. `scales` are those of the tile's parts.
+// Replaces a row's first `num_scores` scores with 8-bit weights, each multiplied by the scale of its value; the float
+// after them is the scale of these weights. Returns the sum of the weights before rounding. scales[part] are the scales
+// of the values of a part.
 inline float weigh_row8(float* row, float largest, int64_t num_scores, const Int8* const (&scales)[kParts]) {
   Vec weights[kTokens / kLanes], total = {};
   UInt bound = {};
@@ -61,9 +65,9 @@ inline float weigh_row8(float* row, float largest, int64_t num_scores, const Int
     for (int64_t t = step; t < step + kStep; t += kLanes) {
       const Vec weight = rough_weight(load(row + t), largest);
       const Vec scale = read<Vec>(scales[t / kPart] + t % kPart * 4);
-      const Vec product = weight == 0.0f ? Vec{} : weight * scale;  // a scale that was never written may be NaN
+      const Vec product = weight == 0.0f ? Vec{} : weight * scale;  // the scale of an unused slot may be NaN
       weights[t / kLanes] = product;
-      bound = larger(bound, bit_cast<UInt>(product));  // which is not negative, but may be NaN of either sign
+      bound = larger(bound, bit_cast<UInt>(product));  // not negative, but possibly a NaN of either sign
       total += weight;
     }
   }
@@ -80,8 +84,8 @@ inline float weigh_row8(float* row, float largest, int64_t num_scores, const Int
   return sum(total);
 }
 
-// Adds to acc [kCount, dim], of kVecs vectors, the values of a tile times their weights. `values` and `ahead` are where
-// those vectors begin in each part.
+// Adds the values of a tile, multiplied by their weights, to kVecs vectors of each row of acc [kCount, dim]. `values`
+// and `ahead` point to the beginning of those vectors in each part of this tile and of the next one.
 template <int kCount, int kVecs, bool kAsk>
 inline void add_values_block(const float* weights, const Tile<Int8>& tile, int64_t dim,
                              const Int8* const (&values)[kParts], const Int8* const (&ahead)[kParts], float* acc) {
@@ -152,20 +156,20 @@ inline void add_values8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, c
 
 static_assert(kLanes == kPart && 2 * kPart == kUnitColumns && kStep == 4 * kUnitWords);
 
-// The largest number of words that the unit can take at once of each query: the same for all parts of it.
+// Returns the largest number of words per `add` that divides the words of a query.
 inline int words_at_once(int64_t words) {
   int most = kUnitWords;
   while (words % most != 0) --most;
   return most;
 }
 
-// Calls block(first, count) for blocks of as many rows as the unit takes.
+// Calls block(first, count) for blocks of up to kUnitRows rows.
 template <class Block>
 inline void by_unit_blocks(int64_t rows, const Block& block) {
   for (int64_t r = 0; r < rows; r += kUnitRows) block(r, std::min<int64_t>(kUnitRows, rows - r));
 }
 
-// `score8` on the matrix unit: the same scores, bit by bit, as sums of bytes are exact.
+// `score8` on the matrix unit. The scores are the same, bit by bit, because sums of bytes are exact.
 void score_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<Int8>& tile, int64_t head_at,
                    const Queries<Quad>& queries) {
   constexpr int64_t kWord = 4 * kPart;  // bytes of a word of the keys of a part
@@ -194,8 +198,8 @@ void score_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<I
   }
 }
 
-// `add_values8` on the matrix unit. The values of all parts are copied to one place first, [tokens / 4, dim, 4], so
-// that the unit multiplies those of kStep tokens at once. Weights of tokens that are not asked for are 0.
+// `add_values8` on the matrix unit. The values of all parts are first copied to one array, [tokens / 4, dim, 4], so
+// that one instruction multiplies those of kStep tokens. Tokens after the last one of the tile have weights of 0.
 void add_values_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const Tile<Int8>& tile, int64_t head_at,
                         const Queries<Quad>& queries, float* scratch) {
   const int64_t dim = cache.dim;
@@ -230,8 +234,8 @@ void add_values_on_unit(MatrixUnit& unit, const PagedCache<Int8>& cache, const T
 
 }  // namespace
 
-// The cache's bytes are multiplied as they lie. What stands in tokens that are not asked for is multiplied by 0, which
-// is 0 among integers.
+// The cache's bytes are multiplied where they are. The contents of tokens that the tile does not have are undefined,
+// but their weights are 0, and any integer times 0 is 0.
 template <>
 void attend(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head, int64_t first,
             const Queries<Quad>& queries, const CausalMask& mask, float softcap, [[maybe_unused]] float* scratch) {

@@ -1,4 +1,5 @@
-// Causal attention of prompts and chunks of prompts over the paged cache, by tiles of queries and keys (Dao 2023).
+// Causal attention of prompts and chunks of prompts over the paged cache, by tiles of queries and keys
+// (FlashAttention-2, Dao 2023).
 #include <atomic>
 #include <vector>
 
@@ -10,7 +11,7 @@
 namespace {
 
 struct QueryTile {
-  int64_t sequence, head, begin, count, position;  // rows of q from `begin`; position of the first
+  int64_t sequence, head, begin, count, position;  // rows of q from `begin` on; position of the first
 };
 
 template <class Q, class T>
@@ -83,7 +84,8 @@ int64_t unified(const Q* q, Q* out, const PagedCache<T>& cache, const int32_t* c
   }
   zero_until(tokens);
   std::atomic<int64_t> fault{kDone};
-  // The last queries of a sequence see most keys: they come first, so that no thread is left with them at the end.
+  // The last queries of a sequence have the most keys. They are computed first, so that no thread works alone at the
+  // end.
   const int64_t count = tiles.size();
   parallel_for(count, work * width < (1 << 17) ? 1 : threads, [&](int64_t item) {
     const QueryTile& queries = tiles[count - 1 - item];
@@ -96,7 +98,8 @@ int64_t unified(const Q* q, Q* out, const PagedCache<T>& cache, const int32_t* c
 
 }  // namespace
 
-// q and out [tokens, heads * group, dim], strides of their rows in elements; scale includes that of keys; sinks or null.
+// q and out [tokens, heads * group, dim], strides of their rows in elements; scale includes that of keys; sinks or
+// null.
 EXPORT int64_t unified_attention(int64_t q_dtype, int64_t cache_dtype, const void* q, void* out, const void* k,
                                  const void* v, const int32_t* block_table, const int32_t* lens, int64_t sequences,
                                  int64_t max_blocks, int64_t table_stride, int64_t num_blocks, int64_t page,

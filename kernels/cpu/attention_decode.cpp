@@ -1,5 +1,5 @@
-// Attention of one query token per sequence, read straight from the paged cache. What bounds it is memory: each key and
-// value is read once for all query heads that share it.
+// Attention of one query token per sequence, read directly from the paged cache. Memory bandwidth limits it, so each
+// key and value is read once for all query heads that share it.
 #include <atomic>
 #include <numeric>
 #include <utility>
@@ -12,13 +12,13 @@
 
 namespace {
 
-// Consecutive keys of a sequence, of all heads.
+// A range of consecutive keys of a sequence, for all heads.
 struct Share {
   int64_t sequence, begin, end;
 };
 
-// Shares that are computed together because their keys are the same ones, `count` from `first` on in an order that the
-// batch has: the beginning that prompts have in common is read, and laid out, once for many queries.
+// Shares that are computed together because they have the same keys, those of a common prefix, which are read once for
+// many queries: `count` shares from place `first` of `order_` on.
 struct Item {
   int64_t first, count;
 };
@@ -49,11 +49,11 @@ class Decode {
     find_items();
   }
 
-  // Returns kDone or the sequence that is at fault.
+  // Returns kDone, or the index of the sequence with an invalid block.
   int64_t run(int64_t threads) {
-    // A task has several items, so that the next one's keys can be asked for; each is half of a thread's part of what
-    // is left, so that the last ones are short, and wherever a thread is kept from its core, others have little to wait
-    // for. Little work is done before another thread would be awake.
+    // A task has several items, so that the keys of the next item can be prefetched. Each task has half of a thread's
+    // part of the remaining work, so that the last tasks are short and a thread that loses its core delays the others
+    // little. A small batch is one task, because it is done before another thread would be awake.
     const int64_t parts = keys_ * heads_ * cache_.dim < (1 << 17) ? 1 : 2 * threads;
     std::vector<int64_t> tasks{0};
     for (int64_t item = 0, keys = 0, left = keys_; item < int64_t(items_.size()); ++item) {
@@ -76,7 +76,7 @@ class Decode {
  private:
   using Term = TermOf<T>;
 
-  // Of items that are shared by more there are several.
+  // The most shares of an item. A prefix of more sequences has several items.
   int64_t most_together() const { return std::max<int64_t>(1, kRows / group_); }
 
   bool are_the_same(const Share& a, const Share& b) const {
@@ -92,8 +92,8 @@ class Decode {
     const int64_t count = shares_.size();
     order_.resize(count);
     std::iota(order_.begin(), order_.end(), 0);
-    // Sequences with a beginning in common have it in the same first block: where all are different, nobody shares.
-    std::vector<std::pair<int32_t, int64_t>> firsts;  // block that a whole share begins with
+    // Sequences with a common prefix have the same first block, so only shares with equal first blocks are compared.
+    std::vector<std::pair<int32_t, int64_t>> firsts;  // first block of each full share, and the share
     for (int64_t i = 0; i < count; ++i) {
       const Share& share = shares_[i];
       if (share.end - share.begin != kShare || share.begin / cache_.page >= cache_.max_blocks) continue;
@@ -121,7 +121,7 @@ class Decode {
     }
   }
 
-  // Attends to the keys of some items; returns kDone or the sequence that is at fault.
+  // Attends to the keys of items begin .. end - 1. Returns kDone, or the index of the sequence with an invalid block.
   int64_t attend_to(int64_t begin, int64_t end) {
     const int64_t dim = cache_.dim;
     int64_t most = 1;
@@ -166,7 +166,7 @@ class Decode {
     return kDone;
   }
 
-  // Rows of queries and what becomes of them are [kv heads, shares of an item, group].
+  // Rows of queries and of results are in the order [kv heads, shares of an item, group].
   void load_queries(const Item& item, Term* terms) const {
     for (int64_t head = 0; head < cache_.heads; ++head) {
       for (int64_t i = 0; i < item.count; ++i) {
@@ -193,7 +193,7 @@ class Decode {
     }
   }
 
-  // Where the shares of a long row meet, in their order.
+  // Merges the shares of a long sequence, in their order.
   void merge(int64_t sequence) {
     const int64_t first = starts_[sequence], end = starts_[sequence + 1], dim = cache_.dim;
     if (end - first < 2) return;
@@ -217,11 +217,11 @@ class Decode {
   const int64_t heads_, group_, q_stride_, out_stride_;
   const float scale_, softcap_, v_scale_;
   int64_t keys_ = 0;
-  std::vector<Share> shares_;        // of the sequences in their order
-  std::vector<int64_t> starts_;      // first share of each sequence, and their number
-  std::vector<int64_t> order_;       // of shares, those that are computed together side by side
+  std::vector<Share> shares_;        // of all sequences, in their order
+  std::vector<int64_t> starts_;      // first share of each sequence, and the number of all shares
+  std::vector<int64_t> order_;       // shares in the order in which items have them
   std::vector<Item> items_;
-  std::vector<float> values_;        // [shares, heads, dim], where a sequence has several
+  std::vector<float> values_;        // [shares, heads, dim]; empty if each sequence has one share
   std::vector<Softmax> softmaxes_;   // [shares, heads]
 };
 

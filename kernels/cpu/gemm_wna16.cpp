@@ -1,13 +1,13 @@
 // Products with weights of 4 and 8 bit integers in groups.
 //
 // Inputs are rounded to 8 bits, with a scale for every group of a row, so that a group's sum of products is exact in 32
-// bits. Groups are added up in one order with the same roundings: a row of the result is the same, bit by bit, whatever
-// rows are beside it and however many threads there are.
+// bits. Groups are always added in the same order with the same roundings, so a row of the result is the same, bit by
+// bit, for any other rows in the batch and any number of threads.
 //
-// Weights lie in tiles of columns, one behind the other: words [n / 32, k * bits / 32, 32], scales and zeros
-// [n / 32, k / group, 32]. A product reads them from the first to the last as they are in memory. Codes of inputs lie
-// row by row and are multiplied in blocks of rows. Where the CPU has a matrix unit (AMX), it multiplies blocks
-// of more rows. The sums of a group are the same numbers then, and so are the results.
+// Weights are stored in tiles of columns: words [n / 32, k * bits / 32, 32], scales and zeros [n / 32, k / group, 32].
+// A product reads them in the order of memory. The codes of inputs are stored row by row and multiplied in blocks of
+// rows. Where the CPU has a matrix unit (AMX), it multiplies blocks of more rows; as a group's sum is exact, the
+// results are the same.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -25,28 +25,28 @@
 
 namespace {
 
-constexpr int kFewRows = kLanes == 16 ? 8 : 4;    // in a block: as many sums as there are registers for
-constexpr int kManyRows = kLanes == 16 ? 6 : 4;   // the same, of calls with kMany: results have registers, too
-constexpr int64_t kMany = 64;                     // rows: what is done once per tile counts for little
-constexpr int64_t kUnitLeastGroup = 64;           // inputs: with fewer, most instructions would be those that add up groups
-constexpr int kUnitLeastWords = 8;                // of the 16 that it has room for
-constexpr int kAhead = 8192;                      // bytes of words that are asked for ahead, into the second-level cache
-constexpr double kItemNs = 6000;                  // work worth another thread's taking
+constexpr int kFewRows = kLanes == 16 ? 8 : 4;    // of a block: its sums fill the registers
+constexpr int kManyRows = kLanes == 16 ? 6 : 4;   // of a block of a call with kMany rows: results need registers, too
+constexpr int64_t kMany = 64;                     // rows: the work per tile is small beside that per row
+constexpr int64_t kUnitLeastGroup = 64;           // inputs: with fewer, adding groups would take most instructions
+constexpr int kUnitLeastWords = 8;                // of the unit's 16
+constexpr int kAhead = 8192;                      // bytes: how far ahead words are prefetched
+constexpr double kItemNs = 6000;                  // least work of an item that another thread may take
 
 template <class T>
 struct Problem {
   const int32_t* words;
   const T* scales;
-  const T* zeros;  // or null: the middle of the range is zero
+  const T* zeros;  // null: the middle of the range stands for zero
   T* out;          // [m, n]
   int64_t n, k, stride, group, groups;
-  const int8_t* codes;        // [m, stride], k in each; for 4 bits, of every eight the four at even places come first
+  const int8_t* codes;        // [m, stride], k of each row; with 4 bits, of each eight codes even places come first
   const float* input_scales;  // [k / group, rows of the block] of each block
-  const int32_t* starts;      // the same: where the sums of a group start
-  const float* input_sums;    // the same, of codes
+  const int32_t* starts;      // the same: the start value of a group's sum
+  const float* input_sums;    // the same: the sum of a group's codes
 };
 
-// One row of a block of `rows`; codes, scales and sums are where the row's first are.
+// Rounds one row of a block of `rows`. The pointers to codes, scales and sums are those of the row's first ones.
 template <class T, int Bits>
 void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start_per_code, int8_t* codes, float* scales,
                int32_t* starts, float* sums) {
@@ -68,7 +68,8 @@ void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start
         total += code;
       }
       if constexpr (Bits == 4) {
-        // Of every four, even places are gathered in the lower half of a word and odd ones in the upper: then words.
+        // Within four codes, those at even places go to the lower half of a word and the others to the upper; then
+        // words.
         for (uint8_t* b = bytes; b < bytes + kAtOnce; b += 8) {
           uint64_t v;
           std::memcpy(&v, b, sizeof v);
@@ -93,12 +94,12 @@ void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start
   }
 }
 
-// M rows, which are a block, of V vectors of a tile's columns from `first` on. With FromMemory, words that come later
-// in the tile are asked for: they are in a cache where other rows of a call have been before. For each group,
-// `of_group` bytes from `ahead` on are asked for, too.
+// Multiplies a block of M rows with V vectors of a tile's columns, from column `first` on. With FromMemory it
+// prefetches later words of the tile; without, other rows of the call have brought them into a cache. For each group it
+// also prefetches `of_group` bytes from `ahead` on.
 template <class T, int Bits, int M, int V, bool HasZeros, bool FromMemory>
 void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first, const char* ahead, int64_t of_group) {
-  constexpr bool kAsksAhead = FromMemory && (Bits == 4 || M > 2);  // what only loads, the CPU itself follows better
+  constexpr bool kAsksAhead = FromMemory && (Bits == 4 || M > 2);  // with few rows the CPU's own prefetcher does better
   const int64_t groups = p.groups, num_words = p.group * Bits / 32;
   const int32_t* words = p.words + tile * groups * num_words * kTile + first;
   const T* scales = p.scales + tile * groups * kTile + first;
@@ -110,12 +111,12 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first, con
   const int64_t column = tile * kTile + first;
   const int64_t width = std::min<int64_t>(V * kLanes, p.n - column);
   T* const out = p.out + row * p.n + column;
-  for (int m = 0; m < M; ++m) {  // or stores would wait for one line after the other, and later ones for them
+  for (int m = 0; m < M; ++m) {  // else stores would wait for one cache line after the other
     for (int at = 0; at < V * kLanes; at += 64 / sizeof(T)) __builtin_prefetch(out + m * p.n + at, 1);
   }
   Vec result[M][V] = {};
   int64_t groups_left = p.groups;
-  do {  // there is one, as compilers cannot know: else they would write the zeros to memory
+  do {  // at least one group: else the compiler would write the zeros to memory
     Int sum[M][V];
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < V; ++v) sum[m][v] = Int{} + starts[m];
@@ -190,7 +191,7 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first, con
 
 template <class T, int Bits, bool HasZeros, bool FromMemory, int M>
 void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row, const char* ahead, int64_t asked) {
-  constexpr int kVectors = M <= 2 ? std::min(kTile / kLanes, 4) : 2;  // one row alone waits for each of its sums
+  constexpr int kVectors = M <= 2 ? std::min(kTile / kLanes, 4) : 2;  // more sums hide the latency
   constexpr int kParts = kTile / (kVectors * kLanes);
   const int64_t of_group = (asked + kParts * p.groups - 1) / (kParts * p.groups);
   for (int part = 0; part < kParts && tile * kTile + part * kVectors * kLanes < p.n; ++part) {
@@ -199,8 +200,8 @@ void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row, const char* a
   }
 }
 
-// Blocks have `Least` rows or some more. While a tile is multiplied with several blocks, the next tile comes into the
-// cache, a part with each block: else the first block of each tile would wait for memory and the others never.
+// Blocks have `Least` rows or some more. While a tile is multiplied with several blocks, the next tile is prefetched, a
+// part with each block; else the first block of each tile would wait for memory.
 template <class T, int Bits, bool HasZeros, bool FromMemory, int Least, int... More>
 void tiles(const Problem<T>& p, const Blocks& blocks, const Share& share, const Tiles& part,
            std::integer_sequence<int, More...>) {
@@ -216,7 +217,7 @@ void tiles(const Problem<T>& p, const Blocks& blocks, const Share& share, const 
   }
 }
 
-// Words of 4 inputs that the matrix unit takes at once of a group; 0 if it is not used.
+// Returns the number of words, of 4 inputs each, of one `add` of the matrix unit; 0 if groups are too small for it.
 int unit_words([[maybe_unused]] int64_t group) {
 #if defined(HAS_MATRIX_UNIT)
   for (int words = kUnitWords; group >= kUnitLeastGroup && words >= kUnitLeastWords; --words) {
@@ -230,7 +231,7 @@ int unit_words([[maybe_unused]] int64_t group) {
 
 static_assert(kUnitLeastRows > kFewRows, "the unit's blocks are told by their rows");
 
-// The words of a tile as the unit takes them: [k / 4, kTile], four weights each in the order of codes.
+// Returns the words of a tile as the unit reads them: [k / 4, kTile], four weights each, in the order of codes.
 template <int Bits>
 const void* unit_weights(const int32_t* words, int64_t k) {
   if constexpr (Bits == 8) return words;
@@ -246,7 +247,7 @@ const void* unit_weights(const int32_t* words, int64_t k) {
   return to - k / 4 * kTile;
 }
 
-// A block times a tile, with its words as `unit_weights` returns them.
+// Multiplies a block with a tile, whose words are as `unit_weights` returns them.
 template <class T, bool HasZeros>
 void block_on_unit(MatrixUnit& unit, int words, const Problem<T>& p, int64_t tile, const Block& block,
                    const void* weights) {
@@ -298,7 +299,7 @@ void tiles_on_unit(const Problem<T>& p, const Blocks& blocks, const Share& share
 
 #endif
 
-// What the inputs of a call become. It is the calling thread's, whoever helps it.
+// The rounded inputs of a call, in memory of the calling thread, which other threads read.
 struct RoundedInputs {
   Scratch<int8_t> codes;
   Scratch<float> scales;
@@ -319,7 +320,7 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
   int32_t* sum_starts = rounded.starts.of(m * groups);
   float* input_sums = rounded.sums.of(m * groups);
   Blocks& blocks = rounded.blocks;
-  const int64_t on_unit = unit_words(group) > 0 ? kUnitLeastRows : INT64_MAX;  // as many rows of a weight or more
+  const int64_t on_unit = unit_words(group) > 0 ? kUnitLeastRows : INT64_MAX;  // rows of a weight
   blocks.divide(m, starts, weights, [&](int64_t rows) {
     return rows >= on_unit ? int64_t(kUnitRows) : rows < kMany ? kFewRows : kManyRows;
   });
@@ -327,7 +328,7 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
     for (int64_t block = begin; block < end; ++block) {
       const auto [row, rows] = blocks[block];
       const bool is_on_unit = rows > kFewRows;
-      // So that no zero point is left to subtract except those of `zeros`.
+      // Start values subtract the middle of the range, so that only `zeros` are left to subtract.
       const int32_t centre = is_on_unit ? 0 : kCentre<Bits>;
       const int32_t start = zeros != nullptr ? centre : centre - (1 << (Bits - 1));
       for (int64_t i = 0; i < rows; ++i) {
@@ -338,17 +339,17 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
       }
     }
   });
-  // Bytes at the speed of memory and products at that of the widest vectors: a guess of what a tile takes.
+  // Estimated time of a tile: its bytes at the speed of memory, its products at that of the widest vectors.
   const double tile_ns = kTile * double(k) * (Bits / 200.0 + double(m) / blocks.num_shares() / 130.0);
   blocks.for_tiles(num_tiles(n), int64_t(kItemNs / tile_ns) + 1, threads,
                    [&](const Share& share, const Tiles& part) {
-    const int64_t before = share.weight * num_tiles(n) * kTile;  // columns of the weights before it
+    const int64_t before = share.weight * num_tiles(n) * kTile;  // columns of the weights before this one
     const T* const own_zeros = zeros == nullptr ? nullptr : static_cast<const T*>(zeros) + before * groups;
     const Problem<T> p{static_cast<const int32_t*>(words) + before * k * Bits / 32,
                        static_cast<const T*>(scales) + before * groups, own_zeros, static_cast<T*>(out), n, k, stride,
                        group, groups, codes, input_scales, sum_starts, input_sums};
     const std::make_integer_sequence<int, kFewRows> few;
-    const std::make_integer_sequence<int, 2> even_sizes;  // of many blocks
+    const std::make_integer_sequence<int, 2> even_sizes;  // sizes of many blocks
 #if defined(HAS_MATRIX_UNIT)
     if (share.rows >= on_unit) {
       return zeros == nullptr ? tiles_on_unit<T, Bits, false>(p, blocks, share, part)

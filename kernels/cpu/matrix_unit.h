@@ -1,8 +1,8 @@
-// The matrix unit of a core, Intel's AMX: sums of products of up to 32 rows and 32 columns at once.
+// The matrix unit of a core, Intel's AMX, which computes sums of products of up to 32 rows and 32 columns at once.
 //
 // Inputs and weights are words of 4 bytes: two bfloat16 numbers, whose products are added up in float32, or four bytes,
 // signed or not, whose products are added up in 32 bits. Sums of bytes are exact. Intel specifies the order of bfloat16
-// sums, but it is not the order of vector instructions, so a row must always be multiplied by the one or by the other.
+// sums, which differs from that of vector instructions, so all bfloat16 products of a row must use the same of the two.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ constexpr int kUnitRows = 32;
 constexpr int kUnitColumns = 32;
 constexpr int kUnitWords = 16;  // of a row and of a column, at most, in an `add`
 
-// From this number of rows on the unit multiplies bytes: with fewer, vector instructions are as fast.
+// The least number of rows for which the unit multiplies bytes: with fewer, vector instructions are as fast.
 constexpr int64_t kUnitLeastRows = 16;
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
@@ -44,7 +44,7 @@ class MatrixUnit {
   MatrixUnit& operator=(const MatrixUnit&) = delete;
   ~MatrixUnit() { _tile_release(); }
 
-  // Makes the sums of `rows` rows 0. Calls of `add` then take `words` words.
+  // Sets the sums of `rows` rows to 0. Calls of `add` then multiply `words` words of each row.
   void begin(int rows, int words) {
     if (rows != rows_ || words != words_) configure(rows, words);
     _tile_zero(0);
@@ -56,7 +56,8 @@ class MatrixUnit {
   }
 
   // Adds x [rows, words] times weights [words, kUnitColumns], where rows of x are `x_stride` bytes apart and rows of
-  // weights `stride` bytes, of which the columns from 16 on may lie elsewhere. X and W are types of their numbers.
+  // weights are `stride` bytes apart: columns 0 .. 15 from `left` on, the others from `right` on. X and W are the types
+  // of the numbers.
   template <class X, class W>
   void add(const void* x, int64_t x_stride, const void* left, const void* right, int64_t stride) {
     finish_stores(x);
@@ -73,7 +74,7 @@ class MatrixUnit {
     ADD_PRODUCTS(3, 5, 7);
   }
 
-  // The same where rows of weights have all columns and no gaps between them.
+  // The same for weights whose rows have all columns, without gaps.
   template <class X, class W>
   void add(const void* x, int64_t x_stride, const void* weights) {
     constexpr int64_t kRowBytes = 4 * kUnitColumns;
