@@ -32,7 +32,9 @@ class KernelCache:
         count = 0
         for path in sorted(pieces.glob("triton-cache-*.tar.gz")):
             with tarfile.open(path) as piece:
-                piece.extractall(self.folder, filter="data")
+                if hasattr(tarfile, "data_filter"):  # Python 3.11.2 (Debian 12) lacks it
+                    piece.extraction_filter = tarfile.data_filter
+                piece.extractall(self.folder)
         for path in self.folder.glob(f"*/{_GROUP}*"):
             group = json.loads(path.read_text())
             here = {name: str(path.parent / name) for name in group["child_paths"]}

@@ -186,13 +186,16 @@ class ChildProcess:
     async def end(self, limit: float) -> bool:
         """Send SIGTERM to the process, and kill it after `limit` seconds. Returns whether it ended by itself."""
         self.terminate()
+        # Not asyncio.timeout: in Python 3.11.2 (Debian 12) it never expires in a task that was cancelled before.
+        end = asyncio.create_task(self._until_ended())
         try:
-            async with asyncio.timeout(limit):
-                await self._until_ended()
-        except TimeoutError:
-            await self.kill()
-            return False
-        return True
+            await asyncio.wait([end], timeout=limit)
+            if end.done():
+                return True
+        finally:
+            end.cancel()
+        await self.kill()
+        return False
 
     async def _until_ended(self) -> None:
         assert self._watch is not None
